@@ -1,0 +1,70 @@
+"""Perturbations for robustness evaluation of any environment: pure functions of (env, tensors, strength, generators).
+
+They act on cooperating agents only (`env.cooperators`) and on live entries only (`env.obs_mask`, `env.action_sizes`).
+The numbers of block k of the environments come from generator k alone, so that a seed's evaluation does not depend on
+the seeds beside it. At strength 0 the input comes back unchanged, nothing is drawn. Changed dynamics need no function
+here: they are fields of the env.
+
+Axes: B environments, N agents, O observation entries, A action entries.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def draw(
+    sampler: Callable, shape: tuple[int, ...], generators: list[torch.Generator], like: Tensor | None = None
+) -> Tensor:
+    """torch.rand or torch.randn over [B, ...], block k from generator k, in the dtype and on the device of `like`."""
+    size, rest = shape[0], shape[1:]
+    if size % len(generators):
+        raise ValueError(f"the {size} environments must be a multiple of the {len(generators)} generators")
+    dtype = None if like is None else like.dtype
+    blocks = [sampler(size // len(generators), *rest, generator=g, device=g.device, dtype=dtype) for g in generators]
+    return torch.cat(blocks).to(None if like is None else like.device)
+
+
+def observation_noise(env, obs: Tensor, kind: str, strength: float, generators: list[torch.Generator]) -> Tensor:
+    """obs [B, N, O] plus noise: "gaussian", standard deviation `strength`, or "uniform" on [-strength, strength]."""
+    if kind not in ("gaussian", "uniform"):
+        raise ValueError(f"kind must be gaussian or uniform, got {kind!r}")
+    if not strength >= 0:
+        raise ValueError(f"strength must be 0 or more, got {strength}")
+    if strength == 0:
+        return obs
+    if kind == "gaussian":
+        noise = draw(torch.randn, obs.shape, generators, obs)
+    else:
+        noise = 2 * draw(torch.rand, obs.shape, generators, obs) - 1
+    return obs + strength * noise * (env.obs_mask & env.cooperators[:, None])
+
+
+def random_actions(env, generators: list[torch.Generator]) -> Tensor:
+    """Uniform over the action space: [B, N] int64 if discrete, else [B, N, A] with zeros in the padding."""
+    sizes = torch.tensor(env.action_sizes, device=env.device)
+    if env.discrete:
+        # float64, so that the product stays below the number of actions
+        uniform = draw(torch.rand, (env.num_envs, env.num_agents), generators, torch.empty(0, dtype=torch.float64))
+        return (uniform.to(env.device) * sizes).long()
+    width = max(env.action_sizes)
+    like = torch.empty(0, dtype=env.dtype, device=env.device)
+    uniform = draw(torch.rand, (env.num_envs, env.num_agents, width), generators, like)
+    live = torch.arange(width, device=env.device) < sizes[:, None]  # [N, A]
+    return (env.action_low + (env.action_high - env.action_low) * uniform) * live
+
+
+def replace_actions(
+    env, action: Tensor, replacement: Tensor, probability: float, generators: list[torch.Generator]
+) -> Tensor:
+    """With `probability` in each environment, one cooperating agent, chosen uniformly, plays its `replacement`."""
+    if not 0 <= probability <= 1:
+        raise ValueError(f"probability must be between 0 and 1, got {probability}")
+    if probability == 0:
+        return action
+    uniform = draw(torch.rand, (len(action), env.num_agents + 1), generators).to(action.device)
+    scores = uniform[:, 1:].masked_fill(~env.cooperators, -1.0)
+    chosen = scores.argmax(1)  # the largest of independent uniform numbers is a uniform choice
+    hit = (torch.arange(env.num_agents, device=action.device) == chosen[:, None]) & (uniform[:, :1] < probability)
+    return torch.where(hit.view(*hit.shape, *[1] * (action.ndim - 2)), replacement, action)
