@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -49,9 +49,7 @@ from tqdm import tqdm
 import envs
 from envs import perturb, zoo
 
-Params = list[Tensor]  # weights [S*N, in, out] and biases [S*N, 1, out] of each layer
 Generators = list[torch.Generator]  # one per seed
-Nets = dict[str, Params]  # actor, critic, actor_target, critic_target
 Batch = dict[str, Tensor]  # a minibatch, the random numbers of an update, or metrics [S]
 RANK = int(os.environ.get("RANK", "0"))  # of this process under torchrun
 CHECKPOINT = "checkpoint.pt" if RANK == 0 else f"checkpoint_rank{RANK}.pt"
@@ -97,7 +95,7 @@ class Args:
     num_agents: int | None = None
     """N where the task allows a choice (simple_spread_v3); default: the task's own"""
     continuous_actions: bool = True
-    """continuous actions; --no-continuous-actions: discrete ones, by straight-through Gumbel-softmax"""
+    """continuous actions; --no-continuous-actions: discrete ones by straight-through Gumbel-softmax"""
     total_timesteps: int = 500_000
     """environment steps of one seed"""
     num_envs: int = 40
@@ -122,10 +120,12 @@ class Args:
     """hidden activation"""
     exploration_noise: float = 0.8
     """continuous actions: standard deviation of the first exploration noise, in half-widths of the action range"""
-    exploration_noise_end: float = 0.05
+    exploration_noise_end: float = 0.2
     """the same at the end, linear in between"""
     gumbel_temperature: float = 1.0
     """discrete actions: temperature of the Gumbel-softmax"""
+    others_actions: Literal["policy", "replay"] = "policy"
+    """others' actions in the actor loss: their present policies (maddpg-pytorch) or replay (paper, openai/maddpg)"""
     policy_l2: float = 1e-3
     """weight of the mean squared actor output in the actor loss"""
     max_grad_norm: float = 0.5
@@ -156,7 +156,7 @@ class Args:
     gaussian_std: float | None = None
     """standard deviation of the gaussian mode; default: mean length epsilon (the paper's text: 1)"""
     action_reg_coef: float = 0.0
-    """lambda_A, weight of ERNIE-A (Eq. 7) in the cooperating agents' critic loss"""
+    """lambda_A, weight of ERNIE-A (Eq. 7) in the critic loss; unrolled as --regularizer is (stackelberg) or not"""
     action_epsilon: float = 0.5
     """continuous ERNIE-A: l2 radius of the joint-action perturbation"""
     action_agents: int = 1
@@ -172,17 +172,20 @@ class Args:
     """episodes of one seed at each point of the robustness report"""
 
     def __post_init__(self):
-        counts = "num_seeds num_threads num_agents total_timesteps num_envs steps_per_update buffer_size batch_size"
-        counts += " hidden_size reg_batch_size action_agents log_interval checkpoint_interval eval_episodes"
-        positive = "learning_rate gumbel_temperature max_grad_norm attack_lr gaussian_std action_epsilon"
-        amounts = "seed learning_starts exploration_noise exploration_noise_end policy_l2 epsilon attack_steps reg_coef"
         divergences = ("auto", "l2", "l2_squashed") if self.continuous_actions else ("auto", "kl", "l2_probs")
         floats = " ".join(name for name, value in asdict(self).items() if isinstance(value, float))
+        counts = "num_seeds num_threads num_agents total_timesteps num_envs steps_per_update buffer_size batch_size"
+        amounts = "seed learning_starts exploration_noise exploration_noise_end policy_l2 epsilon attack_steps"
         for names, holds, rule in (
             (floats, math.isfinite, "a finite number"),
             (counts, lambda v: v >= 1, "at least 1"),
-            (positive, lambda v: v > 0, "above 0"),
-            (amounts + " action_reg_coef minimax_epsilon", lambda v: v >= 0, "0 or more"),
+            ("hidden_size reg_batch_size action_agents eval_episodes", lambda v: v >= 1, "at least 1"),
+            ("log_interval checkpoint_interval", lambda v: v >= 1, "at least 1"),
+            ("learning_rate gumbel_temperature max_grad_norm attack_lr", lambda v: v > 0, "above 0"),
+            ("gaussian_std action_epsilon", lambda v: v > 0, "above 0"),
+            (amounts, lambda v: v >= 0, "0 or more"),
+            ("reg_coef action_reg_coef minimax_epsilon", lambda v: v >= 0, "0 or more"),
+            ("learning_starts", lambda v: v < self.total_timesteps, "below --total-timesteps"),
             ("gamma tau", lambda v: 0 <= v <= 1, "between 0 and 1"),
             ("attack_init", lambda v: 0 < v <= 1, "above 0 and at most 1"),
             ("divergence", lambda v: v in divergences, f"one of {', '.join(divergences)} with these actions"),
@@ -223,30 +226,50 @@ def draw(kind: Callable, shape: tuple[int, ...], generators: Generators) -> Tens
     return torch.stack([kind(shape, generator=g, device=g.device) for g in generators])
 
 
-def init_mlp(sizes: list[int], num_agents: int, generators: Generators) -> Params:
+@dataclass
+class MLP:
+    """S*N networks in one tensor: `flat` [S*N, K] has the weights and biases of a network in a row, K a multiple of 16,
+    so that vectorised elementwise operations round every seed alike."""
+
+    flat: Tensor
+    sizes: list[int]
+
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """(weight [S*N, in, out], bias [S*N, 1, out]) of each layer, views of `flat`."""
+        shapes = [shape for n_in, n_out in zip(self.sizes, self.sizes[1:]) for shape in ((n_in, n_out), (1, n_out))]
+        counts = [rows * n_out for rows, n_out in shapes]
+        parts = self.flat.split([*counts, self.flat.shape[1] - sum(counts)], 1)
+        views = [part.unflatten(1, shape) for part, shape in zip(parts, shapes)]
+        return list(zip(views[::2], views[1::2]))
+
+
+Nets = dict[str, MLP]  # actor, critic, actor_target, critic_target
+
+
+def init_mlp(sizes: list[int], num_agents: int, generators: Generators) -> MLP:
     """Uniform in +-1/sqrt(in), as torch.nn.Linear."""
-    params = []
-    for n_in, n_out in zip(sizes, sizes[1:]):
-        for rows in (n_in, 1):
-            uniform = draw(torch.rand, (num_agents, rows, n_out), generators).flatten(0, 1)
-            params.append(((2 * uniform - 1) * n_in**-0.5).requires_grad_())
-    return params
+    used = sum((n_in + 1) * n_out for n_in, n_out in zip(sizes, sizes[1:]))
+    flat = 2 * draw(torch.rand, (num_agents, used + -used % 16), generators).flatten(0, 1) - 1
+    for layer, n_in in zip(MLP(flat, sizes).layers(), sizes):
+        for part in layer:
+            part *= n_in**-0.5
+    return MLP(flat.requires_grad_(), sizes)
 
 
-def mlp(params: Params, x: Tensor, activation: str) -> Tensor:
+def forward(layers: list[tuple[Tensor, Tensor]], x: Tensor, activation: str) -> Tensor:
     """x [S, N, M, in] -> [S, N, M, out]: network (s, n) on its own rows."""
     S, N = x.shape[:2]
     x = x.flatten(0, 1)
-    for layer in range(0, len(params), 2):
-        x = torch.baddbmm(params[layer + 1], x, params[layer])
-        if layer < len(params) - 2:
+    for k, (weight, bias) in enumerate(layers):
+        x = torch.baddbmm(bias, x, weight)
+        if k < len(layers) - 1:
             x = ACTIVATIONS[activation](x)
     return x.unflatten(0, (S, N))
 
 
-def policy(actor: Params, obs: Tensor, env, args: Args) -> Tensor:
+def policy(actor: MLP, obs: Tensor, env, args: Args) -> Tensor:
     """Actions before tanh, or logits: obs [S, N, M, O] -> [S, N, M, A]. Padding is 0, or -1e9 where discrete."""
-    z = mlp(actor, obs, args.activation)
+    z = forward(actor.layers(), obs, args.activation)
     return z.masked_fill(~env.action_mask[:, None], -1e9 if env.discrete else 0.0)
 
 
@@ -288,7 +311,6 @@ def rescale(direction: Tensor, length: float | Tensor, norm: str) -> Tensor:
 
 def unroll(objective: Callable, delta: Tensor, steps: int, size: float, ball: Callable, stackelberg: bool) -> Tensor:
     """delta^K of Eq. (6): ascent steps of l2 length `size` on objective(delta), a value per sample, each projected.
-
     With `stackelberg` the result is a function of all that `objective` depends on; without, it is a constant (Eq. 4).
     torch.func.grad, because autograd.grad(create_graph=True) silently loses the interaction inside torch.compile.
     """
@@ -309,9 +331,8 @@ def divergence(kind: str, z: Tensor, clean: Tensor) -> Tensor:
     return (link(z) - link(clean)).square().sum(-1)
 
 
-def regularizer(mode: str, actor: Params, obs: Tensor, z: Tensor, noise: Tensor, env, args) -> tuple[Tensor, Tensor]:
+def regularizer(mode: str, actor: MLP, obs: Tensor, z: Tensor, noise: Tensor, env, args) -> tuple[Tensor, Tensor]:
     """R [S, N, M] of each agent at each observation and its perturbation delta [S, N, M, O], of live entries only.
-
     obs, noise (standard normal) [S, N, M, O]; z [S, N, M, A] is policy(obs), shared with the actor loss.
     """
     live = env.obs_mask[:, None].to(obs.dtype)  # [N, 1, O]
@@ -335,15 +356,15 @@ def regularizer(mode: str, actor: Params, obs: Tensor, z: Tensor, noise: Tensor,
     return change(delta), delta
 
 
-def diagnose(actor: Params, obs: Tensor, noise: Tensor, env, args: Args) -> Batch:
+def diagnose(actor: MLP, obs: Tensor, noise: Tensor, env, args: Args) -> Batch:
     """R under attack and in a random direction, the length of the attack's delta, the share of deltas on the sphere,
     and the leader-follower term of the Stackelberg gradient: its norm relative to the leader's, and their cosine."""
     obs, team, gradients = obs[:, :, : noise.shape[2]], env.cooperators, []
     z = policy(actor, obs, env, args)
     for mode in ("adversarial", "stackelberg"):
         change, delta = regularizer(mode, actor, obs, z, noise, env, args)
-        grads = torch.autograd.grad((change.mean(2) * team).sum(), actor, retain_graph=True)
-        gradients.append(torch.cat([g.reshape(len(obs), -1) for g in grads], 1))
+        (grad,) = torch.autograd.grad((change.mean(2) * team).sum(), [actor.flat], retain_graph=True)
+        gradients.append(grad.view(len(obs), -1))
     leader, follower = gradients[0], gradients[1] - gradients[0]
     length = torch.linalg.vector_norm(delta[:, team], math.inf if args.norm == "linf" else 2, dim=-1).detach()
     return {
@@ -360,11 +381,21 @@ def diagnose(actor: Params, obs: Tensor, noise: Tensor, env, args: Args) -> Batc
 # Losses and update. A joint action is [S, C, M, N, A]: C = N where every critic sees another one, else 1.
 
 
-def q_values(critic: Params, obs: Tensor, joint: Tensor, args: Args) -> Tensor:
-    """Q_i(x, a) of every agent's critic [S, N, M]: obs [S, M, N, O] of all agents, joint [S, C, M, N, A]."""
+def encode(critic: MLP, obs: Tensor) -> Tensor:
+    """The share of obs [S, M, N, O] of all agents in the first layer of each critic [S, N, M, H], before activation."""
     S, M, N = obs.shape[:3]
-    x = [obs.flatten(2).unsqueeze(1).expand(S, N, M, -1), joint.flatten(3).expand(S, N, M, -1)]
-    return mlp(critic, torch.cat(x, -1), args.activation).squeeze(-1)
+    x = obs.flatten(2).unsqueeze(1).expand(S, N, M, -1).flatten(0, 1)
+    weight, bias = critic.layers()[0]
+    return torch.baddbmm(bias, x, weight[:, : x.shape[-1]]).unflatten(0, (S, N))
+
+
+def q_values(critic: MLP, encoded: Tensor, joint: Tensor, args: Args) -> Tensor:
+    """Q_i(x, a) of every agent's critic [S, N, M]: encoded [S, N, M, H] is encode(critic, x), joint [S, C, M, N, A]."""
+    a = joint.flatten(3).expand(*encoded.shape[:3], -1).flatten(0, 1)
+    (weight, _), *rest = critic.layers()
+    h = torch.baddbmm(encoded.flatten(0, 1), a, weight[:, -a.shape[-1] :])
+    h = ACTIVATIONS[args.activation](h).unflatten(0, encoded.shape[:2])
+    return forward(rest, h, args.activation).squeeze(-1)
 
 
 def own_slot(env) -> Tensor:
@@ -372,11 +403,11 @@ def own_slot(env) -> Tensor:
     return torch.eye(env.num_agents, dtype=torch.bool, device=env.device)[:, None, :, None]
 
 
-def minimax_actions(critic: Params, obs: Tensor, joint: Tensor, env, args: Args) -> Tensor:
+def minimax_actions(critic: MLP, encoded: Tensor, joint: Tensor, env, args: Args) -> Tensor:
     """ALGO LOGIC: M3DDPG. The others step against each cooperator's critic: a_j - alpha grad_{a_j} Q_i for j != i."""
     joint = joint.expand(-1, env.num_agents, -1, -1, -1)
     with torch.no_grad():
-        slope = torch.func.grad(lambda a: q_values(critic, obs, a, args).sum())(joint)
+        slope = torch.func.grad(lambda a: q_values(critic, encoded, a, args).sum())(joint)
     moved = ~own_slot(env) & env.cooperators[:, None, None, None] & env.action_mask
     return joint - args.minimax_epsilon * slope * moved
 
@@ -390,119 +421,112 @@ def sparse_project(delta: Tensor, epsilon: float, num_agents: int, num_changed: 
     return project(each.flatten(-2), epsilon, "l2")
 
 
-def single_changes(joint: Tensor) -> Tensor:
+def single_changes(joint: Tensor, env) -> Tensor:
     """[..., N, A] one-hot -> [..., N * A, N, A]: the joint actions in which agent j plays k instead, for all (j, k)."""
-    N, A = joint.shape[-2:]
-    agent = torch.eye(N, dtype=torch.bool, device=joint.device)[:, None, :, None]
-    action = torch.eye(A, dtype=joint.dtype, device=joint.device)[None, :, None, :]
-    return torch.where(agent, action, joint[..., None, None, :, :]).flatten(-4, -3)
+    action = torch.eye(joint.shape[-1], dtype=joint.dtype, device=joint.device)[:, None]  # [A, 1, A]
+    return torch.where(own_slot(env), action, joint[..., None, None, :, :]).flatten(-4, -3)
 
 
-def greedy_changes(critic: Params, obs: Tensor, joint: Tensor, env, args: Args) -> Tensor:
+def greedy_changes(critic: MLP, encoded: Tensor, joint: Tensor, env, args: Args) -> Tensor:
     """Greedy search of Eq. (7), appendix G, for each critic: K times the change of one agent's action, no agent twice,
     that makes (Q(x, a) - Q(x, a'))^2 largest. joint [S, 1, M, N, A] -> a' [S, N, M, N, A]; N A K evaluations."""
     N, A = joint.shape[-2:]
-    clean = q_values(critic, obs, joint, args)  # [S, N, M]
+    clean, repeated = q_values(critic, encoded, joint, args), encoded.repeat_interleave(N * A, 2)
     changed = joint.expand(-1, N, -1, -1, -1)
-    open_slots, repeated = env.action_mask.flatten().expand(*clean.shape, N * A), obs.repeat_interleave(N * A, 1)
+    open_slots = env.action_mask.flatten().expand(*clean.shape, N * A)  # [S, N, M, N * A]
     for _ in range(min(args.action_agents, N)):
-        candidates = single_changes(changed)  # [S, N, M, N * A, N, A]
+        candidates = single_changes(changed, env)  # [S, N, M, N * A, N, A]
         value = q_values(critic, repeated, candidates.flatten(2, 3), args).view(*clean.shape, N * A)
         best = (value - clean[..., None]).square().masked_fill(~open_slots, -1.0).argmax(-1, keepdim=True)
         changed = candidates.gather(3, best[..., None, None].expand(-1, -1, -1, 1, N, A)).squeeze(3)
-        open_slots = open_slots & (torch.arange(N * A, device=obs.device) // A != best // A)
+        open_slots = open_slots & (torch.arange(N * A, device=joint.device) // A != best // A)
     return changed
 
 
-def action_regularizer(critic: Params, obs: Tensor, joint: Tensor, q: Tensor, noise: Batch, env, args: Args) -> Tensor:
+def action_regularizer(critic: MLP, encoded: Tensor, joint: Tensor, q: Tensor, noise: Batch, env, args) -> Tensor:
     """ALGO LOGIC: ERNIE-A, Eq. (7): (Q(x, a) - Q(x, a'))^2 [S, N, M] for the worst a' that changes at most K agents:
     discrete by greedy search, continuous by projected gradient ascent from noise["action"] [S, N, M, N * A]."""
     if env.discrete:
         with torch.no_grad():
-            changed = greedy_changes(critic, obs, joint, env, args)
-        return (q_values(critic, obs, changed, args) - q).square()
+            changed = greedy_changes(critic, encoded, joint, env, args)
+        return (q_values(critic, encoded, changed, args) - q).square()
 
     def change(delta: Tensor) -> Tensor:
         moved = joint + delta.unflatten(-1, env.action_mask.shape) * env.action_mask
-        return (q_values(critic, obs, moved, args) - q).square()
+        return (q_values(critic, encoded, moved, args) - q).square()
 
-    epsilon, agents = args.action_epsilon, {"num_agents": env.num_agents, "num_changed": args.action_agents}
+    epsilon, steps, follow = args.action_epsilon, max(1, args.attack_steps), args.regularizer == "stackelberg"
     start = rescale(noise["action"] * env.action_mask.flatten(), args.attack_init * epsilon, "l2")
-    ball = partial(sparse_project, epsilon=epsilon, **agents)
-    return change(
-        unroll(
-            change, start, max(1, args.attack_steps), args.attack_lr * epsilon, ball, args.regularizer == "stackelberg"
-        )
-    )
+    ball = partial(sparse_project, epsilon=epsilon, num_agents=env.num_agents, num_changed=args.action_agents)
+    return change(unroll(change, start, steps, args.attack_lr * epsilon, ball, follow))
 
 
 def critic_loss(nets: Nets, batch: Batch, noise: Batch, env, args: Args):
-    """Squared TD error of each critic, y_i = r_i + gamma (1 - terminated) Q'_i(x', a'), plus ERNIE-A: loss, metrics."""
+    """Squared TD error of each critic, plus ERNIE-A: loss, metrics. ALGO LOGIC: the critic target, MADDPG Eq. (6),
+    y_i = r_i + gamma (1 - terminated) Q'_i(x', a'), a' from the target actors; truncation does not end the return."""
     with torch.no_grad():
-        next_obs = batch["next_obs"]
+        critic, next_obs = nets["critic_target"], batch["next_obs"]
         next_action = squash(policy(nets["actor_target"], next_obs.transpose(1, 2), env, args), env)
-        next_joint = next_action.transpose(1, 2).unsqueeze(1)  # [S, 1, M, N, A]
+        next_joint, encoded = next_action.transpose(1, 2).unsqueeze(1), encode(critic, next_obs)  # [S, 1, M, N, A]
         if args.minimax_epsilon > 0:
-            next_joint = minimax_actions(nets["critic_target"], next_obs, next_joint, env, args)
-        next_q = q_values(nets["critic_target"], next_obs, next_joint, args)
-        going_on = (1 - batch["terminated"]).unsqueeze(1)  # truncation does not end the return
-        target = batch["rewards"].transpose(1, 2) + args.gamma * going_on * next_q  # [S, N, M]
-    joint = batch["actions"].unsqueeze(1)
-    q = q_values(nets["critic"], batch["obs"], joint, args)
+            next_joint = minimax_actions(critic, encoded, next_joint, env, args)
+        discount = args.gamma * (1 - batch["terminated"]).unsqueeze(1)
+        target = batch["rewards"].transpose(1, 2) + discount * q_values(critic, encoded, next_joint, args)  # [S, N, M]
+    joint, encoded = batch["actions"].unsqueeze(1), encode(nets["critic"], batch["obs"])
+    q = q_values(nets["critic"], encoded, joint, args)
     loss = (q - target).square().mean(-1)  # [S, N]
     metrics = {"losses/critic_loss": loss.detach().mean(1), "losses/q_values": q.detach().mean((1, 2))}
     if args.action_reg_coef > 0:
-        change = action_regularizer(nets["critic"], batch["obs"], joint, q, noise, env, args).mean(-1)
-        loss = loss + args.action_reg_coef * change * env.cooperators
-        metrics["ernie/action_regularizer"] = change.detach()[:, env.cooperators].mean(1)
+        change = action_regularizer(nets["critic"], encoded, joint, q, noise, env, args).mean(-1) * env.cooperators
+        loss = loss + args.action_reg_coef * change
+        metrics["ernie/action_regularizer"] = change.detach().sum(1) / env.cooperators.sum()
     return loss.sum(), metrics
 
 
 def actor_loss(nets: Nets, batch: Batch, noise: Batch, env, args: Args):
-    """-Q_i(x, a), agent i's action from its policy, the others' from replay, plus lambda R (Eq. 5): loss, metrics."""
+    """ALGO LOGIC: the policy loss, Eq. (5): -Q_i(x, a) at agent i's own present action, plus lambda R for cooperating
+    agents: loss, metrics."""
     obs, joint = batch["obs"].transpose(1, 2), batch["actions"].unsqueeze(1)
     z = policy(nets["actor"], obs, env, args)  # [S, N, M, A]
     action = straight_through(z, noise["gumbel"], args.gumbel_temperature) if env.discrete else squash(z, env)
-    if args.minimax_epsilon > 0:
-        joint = minimax_actions(nets["critic"], batch["obs"], joint, env, args)
+    critic = MLP(nets["critic"].flat.detach(), nets["critic"].sizes)
+    encoded = encode(critic, batch["obs"])
+    if args.others_actions == "policy":
+        joint = squash(z.detach(), env).transpose(1, 2).unsqueeze(1)
     joint = torch.where(own_slot(env), action.transpose(1, 2).unsqueeze(1), joint)
-    critic = [p.detach() for p in nets["critic"]]
-    policy_loss = -q_values(critic, batch["obs"], joint, args).mean(-1)  # [S, N]
+    if args.minimax_epsilon > 0:
+        joint = torch.where(own_slot(env), joint, minimax_actions(critic, encoded, joint.detach(), env, args))
+    policy_loss = -q_values(critic, encoded, joint, args).mean(-1)  # [S, N]
     loss = policy_loss + args.policy_l2 * (z * env.action_mask[:, None]).square().mean((2, 3))
     metrics = {"losses/actor_loss": policy_loss.detach().mean(1)}
     if args.regularized:
         part = [x[:, :, : args.reg_batch_size] for x in (obs, z)]
         change, _ = regularizer(args.regularizer, nets["actor"], *part, noise["perturbation"], env, args)
-        loss = loss + args.reg_coef * change.mean(-1) * env.cooperators
-        metrics["ernie/regularizer"] = change.detach()[:, env.cooperators].mean((1, 2))
+        change = change.mean(-1) * env.cooperators  # [S, N]
+        loss = loss + args.reg_coef * change
+        metrics["ernie/regularizer"] = change.detach().sum(1) / env.cooperators.sum()
     return loss.sum(), metrics
 
 
-def descend(loss: Tensor, params: Params, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+def descend(loss: Tensor, net: MLP, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
     """One optimiser step; the gradient of each network of each seed is clipped on its own."""
-    grads = torch.autograd.grad(loss, params)
+    (grad,) = torch.autograd.grad(loss, [net.flat])
     if dist.is_initialized():
-        for grad in grads:
-            dist.all_reduce(grad)
-            grad /= dist.get_world_size()
-    norm = sum(grad.square().sum((1, 2)) for grad in grads).sqrt()  # [S*N]
-    scale = (max_grad_norm / norm.clamp_min(max_grad_norm)).view(-1, 1, 1)
-    for param, grad in zip(params, grads):
-        param.grad = grad * scale
+        dist.all_reduce(grad)
+        grad /= dist.get_world_size()
+    norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
+    net.flat.grad = grad * (max_grad_norm / norm.clamp_min(max_grad_norm))
     optimizer.step()
 
 
 def update(nets, optimizers, losses, batch: Batch, noise: Batch, env, args: Args) -> Batch:
-    """A step of all critics, then of all actors, then of the targets."""
+    """A step of all critics and their targets, then of all actors and theirs."""
     metrics = {}
     for name in ("critic", "actor"):
         loss, more = losses[name](nets, batch, noise, env, args)
         descend(loss, nets[name], optimizers[name], args.max_grad_norm)
+        nets[name + "_target"].flat.lerp_(nets[name].flat.detach(), args.tau)  # the other loss does not see this target
         metrics |= more
-    with torch.no_grad():
-        for name in ("critic", "actor"):
-            for target, param in zip(nets[name + "_target"], nets[name]):
-                target.lerp_(param, args.tau)
     return metrics
 
 
@@ -530,31 +554,28 @@ def make_replay(env, num_seeds: int, num_episodes: int) -> Batch:
 
 
 @torch.no_grad()
-def rollout(step: Callable, env, actor: Params, replay: Batch, slot: int, std: float, generators, args: Args) -> Tensor:
+def rollout(step: Callable, env, actor: MLP, replay: Batch, slot: int, std: float, generators, args: Args) -> Tensor:
     """An episode of every environment, with exploration, into replay from `slot` on; mean return of agents [S, N]."""
     S, B = args.num_seeds, args.num_envs
     part = {k: v[:, slot : slot + B] for k, v in replay.items()}
     state, obs = env.reset(generators)
     shape = (env.horizon, env.num_agents, B, env.action_mask.shape[1])
     noise = draw(gumbel if env.discrete else torch.randn, shape, generators).unbind(1)
+    half = (env.action_high - env.action_low) / 2
     part["obs"][:, :, 0] = obs.unflatten(0, (S, B))
     for t in range(env.horizon):
         z = policy(actor, obs.unflatten(0, (S, B)).transpose(1, 2), env, args)
-        action = explore(z, noise[t], std, env).transpose(1, 2)  # [S, B, N, A]
+        if env.discrete:
+            action = squash(z + noise[t], env)  # a sample of the policy
+        else:
+            action = (squash(z, env) + std * half * noise[t]).clamp(env.action_low, env.action_high)
+        action = (action * env.action_mask[:, None]).transpose(1, 2)  # [S, B, N, A]
         state, obs, reward, terminated, _, _ = step(state, to_env(action, env), env.draw(generators))
         part["actions"][:, :, t] = action
         part["obs"][:, :, t + 1] = obs.unflatten(0, (S, B))
         part["rewards"][:, :, t] = reward.unflatten(0, (S, B))
         part["terminated"][:, :, t] = terminated.unflatten(0, (S, B)).to(env.dtype)
     return part["rewards"].sum(2).mean(1)
-
-
-def explore(z: Tensor, noise: Tensor, std: float, env) -> Tensor:
-    """Behaviour [S, N, B, A]: Gaussian noise around the action (std in half-widths of its range), or a sample."""
-    if env.discrete:
-        return squash(z + noise, env)
-    half = (env.action_high - env.action_low) / 2
-    return (squash(z, env) + std * half * noise).clamp(env.action_low, env.action_high) * env.action_mask[:, None]
 
 
 def to_env(action: Tensor, env) -> Tensor:
@@ -567,10 +588,10 @@ def sample(replay: Batch, filled: int, batch_size: int, generators: Generators) 
     S, E, T = replay["terminated"].shape
     pick = torch.stack([torch.randint(filled * T, (batch_size,), generator=g, device=g.device) for g in generators])
     pick = pick + E * T * torch.arange(S, device=pick.device)[:, None]  # [S, M] into the flattened [S, E, T]
-    batch = {k: replay[k].flatten(0, 2)[pick] for k in ("actions", "rewards", "terminated")}
     row = pick + pick // T  # an episode has one observation more than transitions
-    obs = replay["obs"].flatten(0, 2)
-    return batch | {"obs": obs[row], "next_obs": obs[row + 1]}
+    rows = {"obs": row, "next_obs": row + 1, "actions": pick, "rewards": pick, "terminated": pick}
+    sources = {name: replay[name.removeprefix("next_")].flatten(0, 2) for name in rows}
+    return {name: sources[name].index_select(0, i.flatten()).unflatten(0, i.shape) for name, i in rows.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -588,13 +609,12 @@ SWEEP = {  # perturbation: strengths
 }
 
 
-def make_env(args: Args, num_envs: int, device: torch.device, backend: str = "torch", **factors: float):
+def make_env(args: Args, num_envs: int, device: torch.device, **factors: float):
     """The task of `args` with physical constants multiplied by `factors`, or the same task in the original mpe2."""
     options = {"device": device, "num_agents": args.num_agents, "continuous_actions": args.continuous_actions}
     env = envs.make(args.env_id, num_envs, **options)
-    physics = {name: factor * getattr(env, name) for name, factor in factors.items()}
-    env = envs.make(args.env_id, num_envs, **options, **physics) if physics else env
-    return zoo.original(env) if backend == "pettingzoo" else env
+    env = replace(env, **{name: factor * getattr(env, name) for name, factor in factors.items()}) if factors else env
+    return zoo.original(env) if args.backend == "pettingzoo" else env
 
 
 def attack(family: str, nets, obs: Tensor, epsilon: float, generators: Generators, env, args: Args) -> Tensor:
@@ -602,42 +622,41 @@ def attack(family: str, nets, obs: Tensor, epsilon: float, generators: Generator
     on the policy divergence, "critic" on -Q_i of the agent's own critic, which sees the true observations."""
     mask = (env.obs_mask & env.cooperators[:, None])[:, None].to(obs.dtype)
     z = policy(nets["actor"], obs, env, args)
-    joint, own, everyone = squash(z, env).transpose(1, 2).unsqueeze(1), own_slot(env), obs.transpose(1, 2)
+    joint, encoded = squash(z, env).transpose(1, 2).unsqueeze(1), encode(nets["critic"], obs.transpose(1, 2))
 
     def objective(delta: Tensor) -> Tensor:
         perturbed = policy(nets["actor"], obs + mask * delta, env, args)
         if family == "mad":
             return divergence(args.divergence, perturbed, z)
         action = F.softmax(perturbed, -1) if env.discrete else squash(perturbed, env)  # an argmax has no gradient
-        attacked = torch.where(own, action.transpose(1, 2).unsqueeze(1), joint)
-        return -q_values(nets["critic"], everyone, attacked, args)
+        attacked = torch.where(own_slot(env), action.transpose(1, 2).unsqueeze(1), joint)
+        return -q_values(nets["critic"], encoded, attacked, args)
 
     start = rescale(draw(torch.randn, obs.shape[1:], generators) * env.obs_mask[:, None], 0.5 * epsilon, args.norm)
     ball = partial(project, epsilon=epsilon, norm=args.norm)
     return obs + mask * unroll(objective, start, 10, 0.25 * epsilon, ball, stackelberg=False)
 
 
-def worst_actions(critic: Params, obs: Tensor, joint: Tensor, env, args: Args) -> Tensor:
+def worst_actions(critic: MLP, obs: Tensor, joint: Tensor, env, args: Args) -> Tensor:
     """For each agent the action at which the cooperators' mean Q(x, a) is least, the others acting as in joint
     [S, B, N, A]: all are tried (discrete), or the corner of the action box against the slope is taken (continuous)."""
-    A = joint.shape[-1]
+    A, encoded = joint.shape[-1], encode(critic, obs)
 
-    def team_value(a: Tensor, x: Tensor) -> Tensor:
-        return q_values(critic, x, a.unsqueeze(1), args)[:, env.cooperators].mean(1)
+    def team_value(a: Tensor, encoded: Tensor) -> Tensor:
+        return q_values(critic, encoded, a.unsqueeze(1), args)[:, env.cooperators].mean(1)
 
     if not env.discrete:
-        slope = torch.func.grad(lambda a: team_value(a, obs).sum())(joint)
+        slope = torch.func.grad(lambda a: team_value(a, encoded).sum())(joint)
         return torch.where(slope > 0, env.action_low, env.action_high) * env.action_mask
-    candidates = single_changes(joint).flatten(1, 2)  # [S, B * N * A, N, A]
-    value = team_value(candidates, obs.repeat_interleave(env.num_agents * A, 1)).view(joint.shape)
+    candidates = single_changes(joint, env).flatten(1, 2)  # [S, B * N * A, N, A]
+    value = team_value(candidates, encoded.repeat_interleave(env.num_agents * A, 2)).view(joint.shape)
     return F.one_hot(value.masked_fill(~env.action_mask, math.inf).argmin(-1), A).to(joint.dtype)
 
 
 @torch.no_grad()
 def evaluate(env, nets, args: Args, generators, family: str = "clean", strength: float = 0.0, frames=None) -> Tensor:
-    """Returns of deterministic policies, mean over cooperating agents, [S, episodes], under one perturbation of SWEEP.
-    Opponents see and act undisturbed. Equal generators give every method the same initial states and noise.
-    Pictures of the first environment are appended to `frames`."""
+    """Returns of deterministic policies, mean over cooperating agents, [S, episodes], under one perturbation of SWEEP;
+    opponents see and act undisturbed. Pictures of the first environment are appended to `frames`."""
     S, total = args.num_seeds, 0.0
     state, obs = env.reset(generators)
     for _ in range(env.horizon):
@@ -664,9 +683,10 @@ def evaluate(env, nets, args: Args, generators, family: str = "clean", strength:
 def robustness_report(nets: Nets, args: Args, device: torch.device, run_dir: Path, wandb_runs: list) -> None:
     """Sweep all perturbations on fresh environments: a table on the terminal, robustness.csv and .png, and in wandb.
     95% t-intervals over seeds; with one seed, over its episodes."""
-    env = make_env(args, args.num_seeds * args.eval_episodes, device, args.backend)
+    env = make_env(args, args.num_seeds * args.eval_episodes, device)
     families = [f for f in SWEEP if f not in DYNAMICS or f in getattr(env, "dynamics", ())]
     points = [("clean", 0.0), *((f, strength) for f in families for strength in SWEEP[f])]
+    columns = ["env_id", "regularizer", "seed", "perturbation", "strength", "return", "standard_error", "episodes"]
     rows, table = [], {}
     for family, strength in tqdm(points, desc="robustness", unit="point", disable=None, leave=False):
         changed = make_env(args, env.num_envs, device, **{family: strength}) if family in DYNAMICS else env
@@ -679,7 +699,6 @@ def robustness_report(nets: Nets, args: Args, device: torch.device, run_dir: Pat
         half = stats.t.ppf(0.975, len(sample) - 1) * stats.sem(sample) if len(sample) > 1 else math.nan
         table.setdefault(family, {})[strength] = (sample.mean(), half)
     path = run_dir / ("robustness.csv" if args.backend == "torch" else f"robustness_{args.backend}.csv")
-    columns = ["env_id", "regularizer", "seed", "perturbation", "strength", "return", "standard_error", "episodes"]
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([columns, *rows])
     plot_robustness(table, args, path.with_suffix(".png"))
@@ -688,12 +707,14 @@ def robustness_report(nets: Nets, args: Args, device: torch.device, run_dir: Pat
     for family, cells in table.items():
         cells = (f"{strength:>4g}: {mean:7.2f} ± {half:<5.2f}" for strength, (mean, half) in cells.items())
         print(f"  {family:16s}" + "   ".join(cells))
-    for k, run in enumerate(wandb_runs):
-        import wandb
+    with wandb_may_fail(wandb_runs):
+        for k, run in enumerate(wandb_runs):
+            import wandb
 
-        data = [row for row in rows if row[2] == args.seed + k]
-        image = wandb.Image(str(path.with_suffix(".png")))
-        run.log({"robustness": wandb.Table(columns=columns, data=data), "robustness_plot": image})
+            data = [row for row in rows if row[2] == args.seed + k]
+            image = wandb.Image(str(path.with_suffix(".png")))
+            run.log({"robustness": wandb.Table(columns=columns, data=data), "robustness_plot": image})
+            run.finish()
 
 
 def plot_robustness(table: dict[str, dict[float, tuple[float, float]]], args: Args, path: Path) -> None:
@@ -706,8 +727,8 @@ def plot_robustness(table: dict[str, dict[float, tuple[float, float]]], args: Ar
         strength, (mean, half) = [s for s, _ in points], np.array([v for _, v in points]).T
         axis.fill_between(strength, mean - half, mean + half, alpha=0.3)
         axis.plot(strength, mean, marker="o", markersize=3)
-        axis.set(title=family, xlabel="factor" if factor else "probability" if "action" in family else "strength")
-        axis.set_xscale("log" if factor else "linear")
+        label = "factor" if factor else "probability" if "action" in family else "strength"
+        axis.set(title=family, xlabel=label, xscale="log" if factor else "linear")
         axis.grid(alpha=0.3)
     figure.supylabel("episodic return")
     figure.suptitle(f"{args.env_id}, {args.regularizer}, {args.num_seeds} seed{'s' * (args.num_seeds > 1)}")
@@ -723,12 +744,12 @@ def fail(message: str) -> None:
     raise SystemExit(2)
 
 
-def parse_args() -> Args:
-    """Flags from the command line; what tyro prints about a wrong one, in one line."""
+def parse_args(default: Args | None = None) -> Args:
+    """Flags from the command line over those of `default`; what tyro prints about a wrong one, in one line."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(Args, description=__doc__.split("\n")[0])
+            return tyro.cli(Args, default=default, description=__doc__.split("\n")[0])
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -749,7 +770,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_run(given: Args) -> tuple[Args, dict, Path]:
-    """Arguments, checkpoint and folder of the run that --resume or --evaluate names; other flags are refused."""
+    """Arguments, checkpoint and folder of the run that --resume or --evaluate names; most other flags are refused."""
     path = Path(given.resume or given.evaluate)
     path = path / CHECKPOINT if path.is_dir() else path
     previous = path.with_suffix(".previous.pt")
@@ -757,34 +778,36 @@ def load_run(given: Args) -> tuple[Args, dict, Path]:
         path = previous
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        script = state["script"]
+        if state["script"] != Path(__file__).stem:
+            fail(f"{path} was written by {state['script']}.py")
+        saved = Args(**(state["args"] | {"resume": None, "evaluate": None, "backend": "torch"}))
     except FileNotFoundError:
         fail(f"no checkpoint at {path}")
     except Exception as error:
         hint = f"; the one before it is {previous}" if previous.exists() and path != previous else ""
         fail(f"{path} is no readable checkpoint ({type(error).__name__}){hint}")
-    if script != Path(__file__).stem:
-        fail(f"{path} was written by {script}.py")
+    args = parse_args(saved)
     free = {"resume", "evaluate", "cuda", "num_threads", "track", "wandb_mode", "wandb_project_name", "wandb_entity"}
     free |= {"backend", "eval_episodes", "capture_video"} if given.evaluate else set()
-    changed = {name: value for name, value in asdict(given).items() if value != getattr(Args(), name)}
-    for name in changed.keys() - free:
-        fail(f"--{name.replace('_', '-')} is read from {path} and cannot be given with --resume or --evaluate")
-    return Args(**(state["args"] | changed)), state, path.parent
+    for name, value in asdict(args).items():
+        if value != getattr(saved, name) and name not in free:
+            fail(f"--{name.replace('_', '-')} is read from {path} and cannot be given with --resume or --evaluate")
+    return args, state, path.parent
 
 
 def make_run_dir(args: Args) -> Path:
     """A new folder with args.json: the arguments, the git commit and the versions of what the run depends on."""
-    name = [f"{args.env_id.replace(':', '_')}__{args.exp_name}__{args.seed}__{int(time.time())}"]
+    name = [f"{args.env_id.replace(':', '_')}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"]
     if dist.is_initialized():
         dist.broadcast_object_list(name)
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    about = asdict(args) | {"git_commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None}
+    failed, commit = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+    about = asdict(args) | {"git_commit": None if failed else commit}
     about["versions"] = {p: version(p) for p in ("torch", "numpy", "pettingzoo")} | {"python": sys.version.split()[0]}
     run_dir = Path(args.runs_dir) / name[0]
     try:
         run_dir.mkdir(parents=True, exist_ok=dist.is_initialized())
-        (run_dir / "args.json").write_text(json.dumps(about, indent=2))
+        if RANK == 0:
+            (run_dir / "args.json").write_text(json.dumps(about, indent=2))
     except OSError as error:
         fail(f"--runs-dir must be a writable folder, got {args.runs_dir!r} ({error.strerror})")
     return run_dir
@@ -803,97 +826,92 @@ def start_wandb(args: Args, run_dir: Path) -> list:
             settings = wandb.Settings(init_timeout=30, console="off", silent=True)
             return [wandb.init(name=name, id=name, mode=mode, settings=settings, **options) for name in names]
         except Exception as error:
-            print(f"wandb ({mode}) is left out: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"wandb ({mode}) is left out: {error!r}", file=sys.stderr)
     return []
 
 
-def keep_metrics(path: Path, last_step: int) -> None:
-    """Drop the rows of metrics.csv that the resumed run will write again, and a row cut off by a kill."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[1]) <= last_step]
-    path.write_text("".join(lines[:1] + whole))
+@contextlib.contextmanager
+def wandb_may_fail(wandb_runs: list):
+    """What Weights & Biases raises inside this block ends its logging, not the run."""
+    try:
+        yield
+    except Exception as error:
+        wandb_runs.clear()
+        print(f"wandb failed and is left out from now on: {error!r}", file=sys.stderr)
 
 
 def log_metrics(path: Path, wandb_runs: list, args: Args, step: int, metrics: Batch) -> None:
     """A row per seed in metrics.csv, and the same in each seed's wandb run."""
-    metrics = {name: value.tolist() for name, value in metrics.items()}
+    values = {name: value.tolist() for name, value in metrics.items()}
+    rows = [{name: value[k] for name, value in values.items()} for k in range(args.num_seeds)]
     with open(path, "a", newline="") as file:
         writer = csv.writer(file)
         if file.tell() == 0:
             writer.writerow(["seed", "global_step", *metrics])
-        for k in range(args.num_seeds):
-            writer.writerow([args.seed + k, step, *(values[k] for values in metrics.values())])
-    try:
-        for k, run in enumerate(wandb_runs):
-            run.log({name: values[k] for name, values in metrics.items()}, step=step)
-    except Exception as error:
-        wandb_runs.clear()
-        print(f"wandb failed and is left out from step {step} on: {error}", file=sys.stderr)
-
-
-# --------------------------------------------------------------------------------------------------------------------
+        writer.writerows([args.seed + k, step, *row.values()] for k, row in enumerate(rows))
+    with wandb_may_fail(wandb_runs):
+        for run, row in zip(wandb_runs, rows):
+            run.log(row, step=step)
 
 
 def setup(args: Args) -> torch.device:
     """Torch settings and the device. Under torchrun each rank plays its own environments and gradients are averaged."""
     cuda = args.cuda and torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)  # nccl takes the current one
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     torch.set_num_threads(args.num_threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # filling costs a tenth of an update
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu")
+    return device
 
 
-def make_nets(env, args: Args) -> tuple[Nets, dict[str, torch.optim.Optimizer]]:
-    """Actors, critics and their targets; an Adam for all actors and one for all critics."""
+def make_nets(env, args: Args, state: dict | None = None) -> tuple[Nets, dict[str, torch.optim.Optimizer]]:
+    """Actors, critics and their targets; an Adam for all actors and one for all critics. As in checkpoint `state`."""
     generators = make_generators(args.seed, args.num_seeds, "init", env.device)
     N, (O, A), hidden = env.num_agents, (env.obs_mask.shape[1], env.action_mask.shape[1]), [args.hidden_size] * 2
-    nets = {"actor": init_mlp([O, *hidden, A], N, generators)}
-    nets |= {"critic": init_mlp([N * (O + A), *hidden, 1], N, generators)}
-    optimizers = {name: torch.optim.Adam(params, args.learning_rate, foreach=True) for name, params in nets.items()}
-    return nets | {name + "_target": [p.detach().clone() for p in nets[name]] for name in nets}, optimizers
-
-
-def restore(state: dict, nets, optimizers=None, streams=None, replay=None) -> None:
-    """Copy a checkpoint into the networks and, to go on training, into optimisers, random streams and replay."""
-    with torch.no_grad():
-        for name, params in nets.items():
-            for param, saved in zip(params, state["nets"][name]):
-                param.copy_(saved)
-    for name, optimizer in (optimizers or {}).items():
-        optimizer.load_state_dict(state["optimizers"][name])
-    for purpose, generators in (streams or {}).items():
-        for generator, saved in zip(generators, state["streams"][purpose]):
-            generator.set_state(saved)
-    for name, tensor in (replay or {}).items():
-        tensor[:, : state["replay"][name].shape[1]] = state["replay"][name]
+    sizes = {"actor": [O, *hidden, A], "critic": [N * (O + A), *hidden, 1]}
+    nets = {name: init_mlp(sizes[name], N, generators) for name in sizes}
+    optimizers = {name: torch.optim.Adam([net.flat], args.learning_rate, fused=True) for name, net in nets.items()}
+    nets |= {name + "_target": MLP(net.flat.detach().clone(), net.sizes) for name, net in nets.items()}
+    if state is not None:
+        for name, net in nets.items():
+            net.flat.detach().copy_(state["nets"][name])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+    return nets, optimizers
 
 
 def train(env, nets, optimizers, args: Args, run_dir: Path, wandb_runs: list, state: dict | None = None) -> bool:
     """Train from the start or from `state`, a checkpoint. False: Ctrl-C or SIGTERM ended it, after a checkpoint."""
     compiled = partial(torch.compile, fullgraph=True) if args.compile else lambda f: f
-    env_step, losses = compiled(env.step), {"critic": compiled(critic_loss), "actor": compiled(actor_loss)}
+    env_step = env.step if args.env_id.startswith("zoo:") else compiled(env.step)  # Python environments do not compile
+    losses = {"critic": compiled(critic_loss), "actor": compiled(actor_loss)}
     names, per_iteration = ("rollout", "replay", "noise"), args.num_envs * env.horizon
     streams = {name: make_generators(args.seed, args.num_seeds, name, env.device, RANK) for name in names}
-    slots = args.buffer_size // per_iteration
+    slots = args.buffer_size // per_iteration  # a slot is an episode of each environment
     replay = make_replay(env, args.num_seeds, slots * args.num_envs)
-    iteration, num_updates = 0, 0
-    sums, returns, count, first = (
-        0.0,
-        0.0,
-        0,
-        0,
-    )  # metrics, returns and updates since the last log, at iteration `first`
+    log_path, iteration, num_updates = run_dir / "metrics.csv", 0, 0
+    sums, returns, count, first = {}, 0.0, 0, 0  # of metrics, of returns, updates: since the log at iteration `first`
     if state is not None:
-        restore(state, nets, optimizers, streams, replay)
+        for name, generators in streams.items():
+            for generator, saved in zip(generators, state["streams"][name]):
+                generator.set_state(saved)
+        for name, tensor in replay.items():
+            tensor[:, : state["replay"][name].shape[1]] = state["replay"][name]
         iteration, num_updates = state["iteration"], state["num_updates"]
+        if dist.is_initialized():
+            steps = [None] * dist.get_world_size()
+            dist.all_gather_object(steps, iteration)
+            if len(set(steps)) > 1:
+                fail(f"the ranks' checkpoints in {run_dir} are of different iterations: {steps}")
         sums, returns, count, first = state["window"]
-        sums, returns = (torch.as_tensor(x, device=env.device) for x in (sums, returns))
-        if RANK == 0:
-            keep_metrics(run_dir / "metrics.csv", iteration * per_iteration)
-
+        sums, returns = {k: v.to(env.device) for k, v in sums.items()}, torch.as_tensor(returns, device=env.device)
+        if RANK == 0 and log_path.exists():  # drop rows that will be written again, and one cut off by a kill
+            os.truncate(log_path, state["log_size"])
     stops, is_over = [], iteration * per_iteration >= args.total_timesteps
     handlers = {s: signal.signal(s, lambda *caught: stops.append(caught)) for s in (signal.SIGINT, signal.SIGTERM)}
     step, started = iteration * per_iteration, time.perf_counter()
@@ -910,35 +928,40 @@ def train(env, nets, optimizers, args: Args, run_dir: Path, wandb_runs: list, st
             batch = sample(replay, filled, args.batch_size, streams["replay"])
             noise = draw_noise(streams["noise"], env, args)
             metrics = update(nets, optimizers, losses, batch, noise, env, args)
-            sums, count, num_updates = sums + torch.stack(list(metrics.values())), count + 1, num_updates + 1
+            sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}
+            count, num_updates = count + 1, num_updates + 1
         bar.update(per_iteration)
-        stop, is_done = torch.tensor(float(bool(stops)), device=env.device), step >= args.total_timesteps
-        if dist.is_initialized():
-            dist.all_reduce(stop)  # all ranks stop together
-        is_over = is_done or bool(stop)
+        is_done, is_over = step >= args.total_timesteps, bool(stops) or step >= args.total_timesteps
+        if dist.is_initialized():  # all ranks stop together
+            over = torch.tensor(float(is_over), device=env.device)
+            dist.all_reduce(over)
+            is_over = bool(over)
         log = count > 0 and (is_done or step // args.log_interval > last_step // args.log_interval)
         save = is_over or step // args.checkpoint_interval > last_step // args.checkpoint_interval
-        if count > 0 and (log or save):
-            for name, value in zip(metrics, sums.tolist()):
-                if not all(map(math.isfinite, value)):
-                    good = run_dir / CHECKPOINT if (run_dir / CHECKPOINT).exists() else "none yet"
-                    fail(f"{name} is not finite at step {step}; last good checkpoint: {good}")
+        for name, value in sums.items() if log or save else ():
+            if not value.isfinite().all():
+                good = run_dir / CHECKPOINT if (run_dir / CHECKPOINT).exists() else "none yet"
+                fail(f"{name} is not finite at step {step}; last good checkpoint: {good}")
         if log:
             row = {"charts/episodic_return": returns[:, env.cooperators].mean(1) / (iteration - first)}
-            row |= dict(zip(metrics, sums / count))
-            if args.regularized:
-                row |= diagnose(nets["actor"], batch["obs"].transpose(1, 2), noise["perturbation"], env, args)
+            row |= {name: value / count for name, value in sums.items()}
             test_streams = make_generators(args.seed, args.num_seeds, "test", env.device)
             row["eval/episodic_return"] = evaluate(env, nets, args, test_streams).mean(1)
+            if args.regularized:
+                obs = sample(replay, filled, args.batch_size, test_streams)["obs"].transpose(1, 2)
+                noise = draw_noise(test_streams, env, args)["perturbation"]
+                row |= diagnose(nets["actor"], obs, noise, env, args)
             speed = args.num_seeds * per_iteration * (iteration - first) / (time.perf_counter() - started)
             row["charts/SPS"] = torch.full((args.num_seeds,), round(speed))
             if RANK == 0:
-                log_metrics(run_dir / "metrics.csv", wandb_runs, args, step, row)
+                log_metrics(log_path, wandb_runs, args, step, row)
             bar.set_postfix(episodic_return=f"{row['eval/episodic_return'].mean():.2f}", refresh=False)
-            sums, returns, count, first, started = 0.0, 0.0, 0, iteration, time.perf_counter()
+            sums, returns, count, first, started = {}, 0.0, 0, iteration, time.perf_counter()
         if save:
-            data = {"script": Path(__file__).stem, "args": asdict(args), "nets": nets, "iteration": iteration}
+            data = {"script": Path(__file__).stem, "args": asdict(args), "iteration": iteration}
             data |= {"num_updates": num_updates, "window": (sums, returns, count, first)}
+            data |= {"log_size": log_path.stat().st_size if log_path.exists() else 0}
+            data |= {"nets": {name: net.flat.detach() for name, net in nets.items()}}
             data |= {"optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}}
             data |= {"streams": {p: [g.get_state() for g in generators] for p, generators in streams.items()}}
             data |= {"replay": {name: tensor[:, :filled].clone() for name, tensor in replay.items()}}
@@ -961,23 +984,20 @@ def main() -> None:
         fail(f"--continuous-actions must fit {args.env_id}, where it is {not env.discrete}")
     if args.buffer_size < args.num_envs * env.horizon:
         fail(f"--buffer-size must hold {args.num_envs * env.horizon} steps, num_envs episodes, got {args.buffer_size}")
-    nets, optimizers = make_nets(env, args)
+    nets, optimizers = make_nets(env, args, state)
     run_dir = run_dir or make_run_dir(args)
     wandb_runs = [] if args.evaluate else start_wandb(args, run_dir)
-    if args.evaluate:
-        restore(state, nets)
-    elif not train(env, nets, optimizers, args, run_dir, wandb_runs, state):
+    if not args.evaluate and not train(env, nets, optimizers, args, run_dir, wandb_runs, state):
         print(f"stopped; go on with: python {Path(__file__).name} --resume {run_dir}", file=sys.stderr)
         raise SystemExit(130)
     if RANK == 0:
         robustness_report(nets, args, device, run_dir, wandb_runs)
         if args.capture_video:
             frames, streams = [], make_generators(args.seed, args.num_seeds, "video", device)
-            evaluate(make_env(args, args.num_seeds, device), nets, args, streams, frames=frames)
+            env = make_env(replace(args, backend="torch"), args.num_seeds, device)
+            evaluate(env, nets, args, streams, frames=frames)
             frames[0].save(run_dir / "episode.gif", save_all=True, append_images=frames[1:], duration=100, loop=0)
         print(f"results: {run_dir}")
-    for run in wandb_runs:
-        run.finish()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -985,5 +1005,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # after training, which Ctrl-C ends with a checkpoint
+    except KeyboardInterrupt:  # training ends itself, with a checkpoint
+        print("stopped during the report; repeat it with --evaluate RUN_DIR", file=sys.stderr)
         sys.exit(130)

@@ -22,16 +22,15 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 ROOT = Path(__file__).parent.parent
-TASKS = ("simple_spread_v3", "simple_tag_v3", "simple_crypto_v3")
 SHOWN = {"gaussian": "standard deviation of Gaussian noise", "mad": "radius of worst-case observations (MAD)"}
-GRID = [f"--epsilon={epsilon} --reg-coef={coef}" for epsilon, coef in ((0.3, 0.1), (0.5, 0.5), (1.0, 1.0))]
+GRID = [f"--epsilon={epsilon} --reg-coef={coef}" for epsilon, coef in ((0.3, 0.02), (0.5, 0.1))]
 METHODS = {  # name: flags of each point of its grid
     "none": ["--regularizer=none"],
     "gaussian": [f"--regularizer=gaussian {point}" for point in GRID],
     "random": [f"--regularizer=random {point}" for point in GRID],
     "adversarial": [f"--regularizer=adversarial {point}" for point in GRID],
     "stackelberg": [f"--regularizer=stackelberg {point}" for point in GRID],
-    "m3ddpg": [f"--regularizer=none --minimax-epsilon={alpha}" for alpha in (0.001, 0.01, 0.1)],
+    "m3ddpg": [f"--regularizer=none --minimax-epsilon={alpha}" for alpha in (0.01, 0.1)],
 }
 
 
@@ -39,12 +38,16 @@ METHODS = {  # name: flags of each point of its grid
 class Args:
     figure: tyro.conf.Positional[str] = "particle"
     """what to reproduce; so far: particle"""
+    env_ids: tuple[str, ...] = ("simple_spread_v3", "simple_tag_v3", "simple_crypto_v3")
+    """tasks"""
     seeds: tuple[int, int] = (1, 5)
     """first and last seed of the figures"""
     select_seeds: tuple[int, int] = (101, 102)
     """first and last seed on which each method's point of the grid is chosen"""
-    total_timesteps: int = 250_000
+    total_timesteps: int = 200_000
     """environment steps of each run"""
+    eval_episodes: int = 1000
+    """episodes of a seed at each point of the figures"""
     runs_dir: Path = ROOT / "runs" / "reproduce"
     """folder of the runs"""
     results_dir: Path = ROOT / "benchmarks" / "results"
@@ -92,19 +95,20 @@ def interval(values: np.ndarray) -> float:
 
 
 def particle(args: Args) -> None:
-    choices = {(t, m, i): flags for t in TASKS for m, grid in METHODS.items() for i, flags in enumerate(grid)}
+    choices = {(t, m, i): flags for t in args.env_ids for m, grid in METHODS.items() for i, flags in enumerate(grid)}
     pending = {
         key: train.remote(key[0], f"select_{key[1]}_{key[2]}", flags, args.select_seeds, 100, args)
         for key, flags in choices.items()
         if len(METHODS[key[1]]) > 1
     }
     final = {}
-    for task in TASKS:
+    for task in args.env_ids:
         for method, grid in METHODS.items():
             scores = [score(ray.get(pending[task, method, i])) if len(grid) > 1 else 0.0 for i in range(len(grid))]
             flags = grid[int(np.argmax(scores))]
             print(f"{task:18s} {method:12s} {flags}  (grid: {', '.join(f'{s:.2f}' for s in scores)})", flush=True)
-            final[task, method] = flags, train.remote(task, f"final_{method}", flags, args.seeds, 1000, args)
+            run = train.remote(task, f"final_{method}", flags, args.seeds, args.eval_episodes, args)
+            final[task, method] = flags, run
     rows = []
     for (task, method), (flags, path) in final.items():
         for (family, strength), values in read(ray.get(path)).items():
@@ -112,7 +116,7 @@ def particle(args: Args) -> None:
     with open(args.results_dir / "particle.csv", "w", newline="") as file:
         columns = ["env_id", "method", "flags", "perturbation", "strength", "return", "interval95", "seeds"]
         csv.writer(file).writerows([columns, *rows])
-    for task in TASKS:
+    for task in args.env_ids:
         plot(task, {m: read(ray.get(path)) for (t, m), (_, path) in final.items() if t == task}, args)
 
 

@@ -62,21 +62,20 @@ def test_hypergradient_is_the_derivative_of_the_whole_unroll(continuous, kind, n
     options = dict(continuous_actions=continuous, divergence=kind, norm=norm, attack_steps=steps, activation="tanh")
     args, env, nets, batch, noise = world(double=True, env_id="simple_tag_v3", **options)
     obs, noise = batch["obs"].transpose(1, 2)[:, :, :16], noise["perturbation"]
-    actor = [3 * p.detach() for p in nets["actor"]]  # larger weights: a policy far from linear
-    for p in actor:
-        p.requires_grad_()
-    grads = torch.autograd.grad(mean_reg(actor, obs, noise, env, args), actor)
+    flat = (3 * nets["actor"].flat).detach().requires_grad_()  # larger weights: a policy far from linear
+    actor = script.MLP(flat, nets["actor"].sizes)
+    grad = torch.autograd.grad(mean_reg(actor, obs, noise, env, args), flat)[0]
     generator = torch.Generator(DEVICE).manual_seed(0)
-    direction = [torch.randn(p.shape, generator=generator, device=DEVICE) for p in actor]
-    predicted = sum((g * d).sum() for g, d in zip(grads, direction)).item()
+    direction = torch.randn(flat.shape, generator=generator, device=DEVICE)
+    predicted = (grad * direction).sum().item()
     h, values = 1e-6, []
     for sign in (2, 1, -1, -2):  # fourth-order central difference
-        moved = [(p + sign * h * d).detach() for p, d in zip(actor, direction)]
+        moved = script.MLP((flat + sign * h * direction).detach(), actor.sizes)
         values.append(mean_reg(moved, obs, noise, env, args).item())
     measured = (-values[0] + 8 * values[1] - 8 * values[2] + values[3]) / (12 * h)
     assert predicted == pytest.approx(measured, rel=1e-6)
-    leader = torch.autograd.grad(mean_reg(actor, obs, noise, env, args, "adversarial"), actor)
-    other = sum((g * d).sum() for g, d in zip(leader, direction)).item()
+    leader = torch.autograd.grad(mean_reg(actor, obs, noise, env, args, "adversarial"), flat)[0]
+    other = (leader * direction).sum().item()
     assert abs(other - measured) > 1e-4 * abs(measured)  # the leader term alone would fail this test
 
 
@@ -88,10 +87,10 @@ def test_adversarial_gradient_is_the_leader_term(continuous):
     _, delta = script.regularizer("stackelberg", nets["actor"], obs, z, noise, env, args)
     perturbed = script.policy(nets["actor"], obs + delta.detach(), env, args)
     leader = script.divergence(args.divergence, perturbed, z).mean(2).sum()
-    expected = torch.autograd.grad(leader, nets["actor"], retain_graph=True)
-    actual = torch.autograd.grad(mean_reg(nets["actor"], obs, noise, env, args, "adversarial"), nets["actor"])
-    for a, b in zip(actual, expected):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    flat = nets["actor"].flat
+    expected = torch.autograd.grad(leader, flat, retain_graph=True)[0]
+    actual = torch.autograd.grad(mean_reg(nets["actor"], obs, noise, env, args, "adversarial"), flat)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("continuous", [True, False])
@@ -104,9 +103,8 @@ def test_compiled_losses_have_the_eager_gradients(continuous):
         gradients = []
         for function in (loss, torch.compile(loss, fullgraph=True)):
             value, _ = function(nets, batch, noise, env, args)
-            gradients.append(torch.autograd.grad(value, nets[name]))
-        for eager, compiled in zip(*gradients):
-            torch.testing.assert_close(compiled, eager, rtol=1e-9, atol=1e-11)
+            gradients.append(torch.autograd.grad(value, nets[name].flat)[0])
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -157,7 +155,7 @@ def test_only_cooperators_are_regularised():
     for coef in (0.1, 10.0):
         args.reg_coef = coef
         loss, _ = script.actor_loss(nets, batch, noise, env, args)
-        grads.append(torch.autograd.grad(loss, nets["actor"])[0])
+        grads.append(torch.autograd.grad(loss, nets["actor"].flat)[0])
     changed = (grads[0] != grads[1]).flatten(1).any(1)
     assert torch.equal(changed, env.cooperators)
 
@@ -172,11 +170,10 @@ def test_switched_off_regulariser_is_maddpg(off):
 
 def test_critic_target_by_hand():
     args, env, nets, batch, noise = world(double=True, gamma=0.9)
-    for params, constant in ((nets["critic"], 0.0), (nets["critic_target"], 5.0)):
+    for net, constant in ((nets["critic"], 0.0), (nets["critic_target"], 5.0)):
         with torch.no_grad():
-            for p in params:
-                p.zero_()
-            params[-1].fill_(constant)  # every Q is this constant
+            net.flat.zero_()
+            net.layers()[-1][1].fill_(constant)  # every Q is this constant
     batch["terminated"] = (torch.arange(args.batch_size, device=DEVICE) % 2).double()[None]
     loss, _ = script.critic_loss(nets, batch, noise, env, args)
     target = batch["rewards"] + 0.9 * 5.0 * (1 - batch["terminated"])[..., None]
@@ -198,8 +195,8 @@ def test_next_observation_follows_the_observation():
 
 def test_minimax_actions_step_down_each_critics_slope():
     args, env, nets, batch, _ = world(double=True, minimax_epsilon=0.05, env_id="simple_tag_v3")
-    joint = batch["actions"].unsqueeze(1)
-    moved = script.minimax_actions(nets["critic"], batch["obs"], joint, env, args)
+    joint, encoded = batch["actions"].unsqueeze(1), script.encode(nets["critic"], batch["obs"])
+    moved = script.minimax_actions(nets["critic"], encoded, joint, env, args)
     for i in range(4):
         for j in range(4):
             change = (moved - joint)[0, i, :, j]
@@ -208,9 +205,9 @@ def test_minimax_actions_step_down_each_critics_slope():
                 continue
             bump = torch.zeros_like(joint)
             bump[:, :, :, j, 2] = 1e-6
-            up, down = (script.q_values(nets["critic"], batch["obs"], joint + s * bump, args)[0, i] for s in (1, -1))
+            up, down = (script.q_values(nets["critic"], encoded, joint + s * bump, args)[0, i] for s in (1, -1))
             torch.testing.assert_close(change[:, 2], -0.05 * (up - down) / 2e-6, rtol=1e-5, atol=1e-9)
-    before, after = (script.q_values(nets["critic"], batch["obs"], a, args)[:, :3] for a in (joint, moved))
+    before, after = (script.q_values(nets["critic"], encoded, a, args)[:, :3] for a in (joint, moved))
     assert (after <= before + 1e-9).all()
 
 
@@ -220,18 +217,18 @@ def test_minimax_reaches_critic_and_actor():
         values = []
         for alpha in (0.0, 0.5):
             args.minimax_epsilon = alpha
-            values.append(torch.autograd.grad(loss(nets, batch, noise, env, args)[0], nets[name])[0])
+            values.append(torch.autograd.grad(loss(nets, batch, noise, env, args)[0], nets[name].flat)[0])
         assert not torch.allclose(*values)
 
 
 @pytest.mark.parametrize("changed", [1, 2, 3])
 def test_discrete_action_search_against_brute_force(changed):
     args, env, nets, batch, _ = world(double=True, continuous_actions=False, action_agents=changed, batch_size=6)
-    joint = batch["actions"].unsqueeze(1)
-    found = script.greedy_changes(nets["critic"], batch["obs"], joint, env, args)
+    joint, encoded = batch["actions"].unsqueeze(1), script.encode(nets["critic"], batch["obs"])
+    found = script.greedy_changes(nets["critic"], encoded, joint, env, args)
     q = partial(script.q_values, nets["critic"], args=args)
     for m in range(6):
-        obs = batch["obs"][:, m : m + 1]
+        obs = encoded[:, :, m : m + 1]
         for i in range(3):
             start = batch["actions"][0, m].argmax(-1).tolist()
             current, done = list(start), set()
@@ -260,12 +257,15 @@ def test_continuous_action_search_against_the_exact_answer(changed):
         double=True, action_epsilon=0.3, action_agents=changed, attack_steps=20, attack_lr=4.0
     )
     generators = script.make_generators(0, 1, "test", DEVICE)
-    critic = script.init_mlp([3 * (18 + 5), 1], 3, generators)
-    joint = batch["actions"].unsqueeze(1)
-    q = script.q_values(critic, batch["obs"], joint, args)
+    critic = script.init_mlp([3 * (18 + 5), 1, 1], 3, generators)
+    with torch.no_grad():  # the hidden unit is always active, so that Q is linear
+        critic.layers()[0][1].fill_(100.0)
+        critic.layers()[1][0].fill_(1.0)
+    joint, encoded = batch["actions"].unsqueeze(1), script.encode(critic, batch["obs"])
+    q = script.q_values(critic, encoded, joint, args)
     noise = {"action": script.draw(torch.randn, (3, args.batch_size, 15), generators)}
-    change = script.action_regularizer(critic, batch["obs"], joint, q, noise, env, args)
-    weights = critic[0][:, 54:, 0].view(3, 3, 5).norm(dim=-1)  # [critic, agent]
+    change = script.action_regularizer(critic, encoded, joint, q, noise, env, args)
+    weights = critic.layers()[0][0][:, 54:, 0].view(3, 3, 5).norm(dim=-1)  # [critic, agent]
     exact = 0.09 * weights.square().topk(changed, -1).values.sum(-1)[None, :, None]
     assert (change <= exact * (1 + 1e-9)).all()
     assert (change / exact).median() > (
@@ -287,9 +287,9 @@ def test_padding_is_never_played_and_never_matters(env_id):
         hard.detach().transpose(2, 3)[:, ~env.action_mask].abs() < 1e-9
     ).all()
     torch.testing.assert_close(hard.detach().sum(-1), torch.ones_like(hard[..., 0]))
-    grads = torch.autograd.grad(script.actor_loss(nets, batch, noise, env, args)[0], nets["actor"])
-    out = grads[-1].view(env.num_agents, -1)
-    assert (out[~env.action_mask] == 0).all() and out[env.action_mask].abs().sum() > 0
+    grad = torch.autograd.grad(script.actor_loss(nets, batch, noise, env, args)[0], nets["actor"].flat)[0]
+    bias = script.MLP(grad, nets["actor"].sizes).layers()[-1][1][:, 0]  # [N, A]
+    assert (bias[~env.action_mask] == 0).all() and bias[env.action_mask].abs().sum() > 0
 
 
 def test_straight_through_gradient_is_the_softmax_gradient():
@@ -303,12 +303,10 @@ def test_straight_through_gradient_is_the_softmax_gradient():
 
 
 def test_clipping_is_per_network():
-    params = [torch.zeros(3, 2, 2, requires_grad=True), torch.zeros(3, 1, 2, requires_grad=True)]
-    scale = torch.tensor([0.01, 1.0, 100.0]).view(3, 1, 1)
-    loss = sum((p * scale).sum() for p in params)
-    script.descend(loss, params, torch.optim.SGD(params, 1.0), max_grad_norm=0.5)
-    norms = torch.cat([p.grad.flatten(1) for p in params], 1).norm(dim=1)
-    torch.testing.assert_close(norms, torch.tensor([0.01 * 6**0.5, 0.5, 0.5]))
+    net = script.MLP(torch.zeros(3, 6, requires_grad=True), [2, 2])
+    loss = (net.flat * torch.tensor([0.01, 1.0, 100.0])[:, None]).sum()
+    script.descend(loss, net, torch.optim.SGD([net.flat], 1.0), max_grad_norm=0.5)
+    torch.testing.assert_close(net.flat.grad.norm(dim=1), torch.tensor([0.01 * 6**0.5, 0.5, 0.5]))
 
 
 def without_speed(rows):
@@ -332,8 +330,7 @@ def test_a_seed_does_not_depend_on_the_others(tmp_path, options):
     for k in range(3):
         _, _, alone, own = short_train(tmp_path, f"alone{k}", seed=5 + k, **options)
         for name in alone:
-            for a, b in zip(alone[name], together[name]):
-                assert torch.equal(a, b[3 * k : 3 * k + 3])
+            assert torch.equal(alone[name].flat, together[name].flat[3 * k : 3 * k + 3])
         of_seed = [row for row in rows if row["seed"] == str(5 + k)]
         assert without_speed(own) == without_speed(of_seed)
 
@@ -342,8 +339,7 @@ def test_opponents_keep_their_own_critic_and_all_networks_learn(tmp_path):
     args, env, nets, _ = short_train(tmp_path, "run", env_id="simple_tag_v3", minimax_epsilon=0.01, action_reg_coef=0.1)
     fresh, _ = script.make_nets(env, args)
     for name in ("actor", "critic", "actor_target", "critic_target"):
-        for a, b in zip(nets[name], fresh[name]):
-            assert (a != b).flatten(1).any(1).all()
+        assert (nets[name].flat != fresh[name].flat).any(1).all()
 
 
 MODES = [
@@ -447,7 +443,21 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, how):
     assert without_speed(ours) == without_speed(theirs)
     states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, reference)]
     for name in states[0]["nets"]:
-        assert all(torch.equal(a, b) for a, b in zip(*(s["nets"][name] for s in states)))
+        assert torch.equal(*(state["nets"][name] for state in states))
+
+
+def test_resume_before_the_first_update_and_evaluate_afterwards(tmp_path):
+    """With one environment the first checkpoint comes before the first update; git is not needed."""
+    process = run(tmp_path, "--num-envs=1", "--learning-starts=300", "--checkpoint-interval=25", "--no-track", PATH="")
+    finish(process)
+    folder = only(tmp_path)
+    metrics = (folder / "metrics.csv").read_text()
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert state["num_updates"] == 2 and json.loads((folder / "args.json").read_text())["git_commit"] is None
+    finish(run(tmp_path, "--resume", str(folder), "--track", "--wandb-mode=disabled"))
+    assert (folder / "metrics.csv").read_text() == metrics
+    finish(run(tmp_path, "--evaluate", str(folder), "--eval-episodes=1000"))
+    assert next(csv.DictReader(open(folder / "robustness.csv")))["episodes"] == "1000"  # the flag beats the saved value
 
 
 def test_two_ranks_train_one_policy(tmp_path):
@@ -465,7 +475,7 @@ def test_two_ranks_train_one_policy(tmp_path):
     )
     folder = only(tmp_path)
     a, b = (torch.load(folder / n, weights_only=True) for n in ("checkpoint.pt", "checkpoint_rank1.pt"))
-    assert all(torch.equal(x, y) for x, y in zip(a["nets"]["actor"], b["nets"]["actor"]))
+    assert torch.equal(a["nets"]["actor"], b["nets"]["actor"])
     assert not torch.equal(a["replay"]["obs"], b["replay"]["obs"])
 
 
@@ -514,7 +524,7 @@ def test_unknown_names_and_files(monkeypatch, capsys, tmp_path):
     assert "num_agents" in bad("--env-id=simple_tag_v3", "--num-agents=7")
     assert "--buffer-size" in bad("--buffer-size=10")
     assert "no checkpoint at" in bad(f"--resume={tmp_path}/nowhere")
-    assert "--learning-rate" in bad(f"--resume={tmp_path}", "--learning-rate=0.1") or True
+    assert "--learning-starts" in bad("--learning-starts=1000", "--total-timesteps=500")
     (tmp_path / "file").write_text("")
     assert "--runs-dir must be a writable folder" in bad(f"--runs-dir={tmp_path}/file")
 

@@ -1,0 +1,300 @@
+"""How fast this repository is beside its peers: one process, one thread, interleaved repeats.
+
+    pip install -r benchmarks/requirements.txt          # the peers; one that is missing is left out
+    python benchmarks/speed.py env                      # simple_spread_v3 with 3 and 15 agents: about ten minutes
+    python benchmarks/speed.py env --num-agents 3 --num-envs 8192 --peers vmas
+    python benchmarks/speed.py env --device cuda --num-agents 3 --num-envs 1024 32768 1000000
+    python benchmarks/speed.py train                    # ernie_maddpg.py, every regulariser: about five minutes
+
+A repeat times every contestant once, for `--seconds` or longer; each repeat starts with another one, and ratios are
+taken within a repeat. Shown are the median and the quartiles over repeats. On a CPU the process is pinned to one core
+and the clock is its CPU time, so that a busy machine disturbs little; on a GPU it is wall-clock time between
+synchronisations. On Linux the C library keeps freed memory, for everybody: otherwise each tensor above 32 MB (the
+observations at N=15, B=8192) comes page by page from the kernel, which can take as long as the simulation. In your own
+runs: MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000 python ...; here --no-keep-memory shows the difference.
+
+`env` counts environment steps (all N agents of one environment move once) of simple_spread_v3 with discrete actions.
+Everybody plays episodes of 25 steps: a reset to fresh random positions, which is included, then 25 steps with actions
+drawn beforehand, each of which gives the new state, the full observation and the reward of every agent.
+
+    eager, compiled  envs.particle: a call of `env.step`, or of torch.compile(env.step, fullgraph=True), per step
+    mpe2             the original in Python, parallel API; it has no batch: one environment is timed beside every B
+    vmas             make_env("simple_spread"), a call per step; its observation lacks the 2(N-1) zeros of the original
+    jaxmarl          MPE_simple_spread_v3 at its best: the episode is one jitted lax.scan over `step_env`, five steps
+                     unrolled, without the reset that its `step` adds to every step; only the last observation is kept
+
+`train` counts seconds for 50 episodes (1,250 environment steps) of one seed of simple_spread_v3, N=3: rollout,
+sampling and one update of batch 1,024 per 100 steps, as in ernie_maddpg.py's `train`, on a warm replay buffer. Its
+last column is how often this fits into the time of shariqiqbal2810/maddpg-pytorch (40388d7, with its own environments,
+patched for torch 2.13; one thread, one seed) for the same: 1.034 s with continuous actions, 1.187 s with discrete
+ones. These two are constants, measured once on a two-core Xeon and not again here.
+"""
+
+import csv
+import ctypes
+import itertools
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # read when torch and jax are imported
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+
+import envs
+import ernie_maddpg as script
+
+RESULTS = Path(__file__).parent / "results"
+T = 25  # steps of an episode
+MADDPG_PYTORCH = {True: 1.034, False: 1.187}  # seconds for 50 episodes, by continuous_actions; see above
+ENDS = ("", "_lower_quartile", "_upper_quartile")
+
+# Contestants of `env`: (N, B, device) -> a function that plays an episode of T steps in B environments
+
+
+def ours(N: int, B: int, device: str, compile: bool) -> Callable[[], None]:
+    env = envs.make("simple_spread_v3", num_envs=B, device=device, num_agents=N, continuous_actions=False)
+    generators = [torch.Generator(device).manual_seed(0)]
+    actions = torch.randint(5, (T, B, N), device=device)
+    step = torch.compile(env.step, fullgraph=True, dynamic=False) if compile else env.step
+
+    def episode() -> None:
+        state, obs = env.reset(generators)
+        for action in actions:
+            state, obs, reward, terminated, truncated, info = step(state, action, env.draw(generators))
+
+    return episode
+
+
+def player(reset: Callable, step: Callable, actions: list) -> Callable[[], None]:
+    def episode() -> None:
+        reset()
+        for action in actions:
+            step(action)
+
+    return episode
+
+
+def mpe2(N: int, B: int, device: str) -> Callable[[], None]:
+    from mpe2 import simple_spread_v3
+
+    env = simple_spread_v3.parallel_env(N=N, max_cycles=T)
+    env.reset(seed=0)
+    return player(env.reset, env.step, [{a: int(np.random.randint(5)) for a in env.agents} for _ in range(T)])
+
+
+def vmas(N: int, B: int, device: str) -> Callable[[], None]:
+    from vmas import make_env
+
+    env = make_env("simple_spread", num_envs=B, device=device, continuous_actions=False, n_agents=N, seed=0)
+    actions = torch.randint(9, (T, N, B, 1), device=device)  # three choices on each axis
+    return player(env.reset, env.step, [list(action) for action in actions])
+
+
+def jaxmarl(N: int, B: int, device: str) -> Callable[[], None]:
+    import jax
+    from jaxmarl import make
+
+    if jax.default_backend() != ("cpu" if device == "cpu" else "gpu"):
+        raise ImportError(f"jax runs on {jax.default_backend()}")
+    env = make("MPE_simple_spread_v3", num_agents=N, num_landmarks=N)
+    actions = {a: jax.random.randint(jax.random.key(i), (T, B), 0, 5) for i, a in enumerate(env.agents)}
+
+    def step(carry, action):
+        keys, state, *_ = carry
+        obs, state, reward, _, _ = jax.vmap(env.step_env)(keys, state, action)
+        return (keys, state, obs, reward), None
+
+    @jax.jit
+    def play(key, actions):
+        keys = jax.random.split(key, B)
+        obs, state = jax.vmap(env.reset)(keys)
+        start = (keys, state, obs, {a: jax.numpy.zeros(B) for a in env.agents})
+        return jax.lax.scan(step, start, actions, unroll=5)[0]
+
+    return lambda: jax.block_until_ready(play(jax.random.key(np.random.randint(2**31)), actions))
+
+
+OURS = {"eager": partial(ours, compile=False), "compiled": partial(ours, compile=True)}
+PEERS = {"mpe2": mpe2, "vmas": vmas, "jaxmarl": jaxmarl}
+
+
+@dataclass
+class Timing:
+    device: str = "cpu"
+    """cpu: everything per CPU-second; cuda: per second"""
+    repeats: int = 7
+    """interleaved repeats"""
+    seconds: float = 0.3
+    """shortest time of one measurement"""
+    keep_memory: bool = True
+    """let the C library keep freed memory (Linux)"""
+
+
+def prepare(timing: Timing) -> Callable[[], float]:
+    """One thread on one core; returns the clock."""
+    torch.set_num_threads(1)
+    if timing.keep_memory and sys.platform == "linux":
+        for option, value in ((-4, 0), (-1, 2_000_000_000)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
+    if timing.device != "cpu":
+        return lambda: (torch.cuda.synchronize(), time.perf_counter())[1]
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    return time.process_time
+
+
+def interleave(jobs: dict[str, Callable[[], None]], timing: Timing, clock: Callable) -> dict[str, np.ndarray]:
+    """Seconds of one call of each job, [repeats], after it has been called twice."""
+
+    def timed(job: Callable[[], None], calls: int) -> float:
+        start = clock()
+        for _ in range(calls):
+            job()
+        return (clock() - start) / calls
+
+    names, calls, times = list(jobs), {}, {name: [] for name in jobs}
+    for name, job in jobs.items():
+        job()  # compiles
+        calls[name] = math.ceil(timing.seconds / max(timed(job, 1), 1e-6))
+    for r in range(timing.repeats):
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            times[name].append(timed(jobs[name], calls[name]))
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def quartiles(name: str, values: np.ndarray) -> dict[str, float]:
+    return dict(zip((name + end for end in ENDS), np.quantile(values, (0.5, 0.25, 0.75)).tolist()))
+
+
+def text(row: dict, name: str) -> str:
+    """12.3k (11.8k-12.5k)"""
+
+    def short(x: float) -> str:
+        return f"{x / 1e6:.3g}M" if x >= 999_500 else f"{x / 1e3:.3g}k" if x >= 999.5 else f"{x:.3g}"
+
+    middle, lower, upper = (short(row[name + end]) for end in ENDS)
+    return f"{middle:>8} {f'({lower}-{upper})':17}"
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def bench_env(
+    timing: Timing,
+    num_agents: tuple[int, ...] = (3, 15),
+    num_envs: tuple[int, ...] = (1, 32, 1024, 8192),
+    peers: tuple[Literal["mpe2", "vmas", "jaxmarl"], ...] = ("mpe2", "vmas", "jaxmarl"),
+    out: Path = RESULTS / "speed_env.csv",
+) -> None:
+    """Steps per second of N `num_agents` in B `num_envs`, beside `peers`; the plot goes beside `out`."""
+    clock, rows, wanted = prepare(timing), [], OURS | {name: PEERS[name] for name in peers}
+    unit = "environment steps per " + ("CPU-second" if timing.device == "cpu" else "second")
+    for N, B in itertools.product(num_agents, num_envs):
+        torch.compiler.reset()  # torch refuses to compile one function for many sizes
+        jobs = {}
+        for name, build in list(wanted.items()):
+            try:
+                jobs[name] = build(N, B, timing.device)
+            except ImportError as error:
+                print(f"{name} left out ({error}): pip install -r benchmarks/requirements.txt")
+                del wanted[name]
+        times = interleave(jobs, timing, clock)
+        rates = {name: (1 if name == "mpe2" else B) * T / values for name, values in times.items()}
+        print(f"\nN={N} B={B:<8} {'steps/s (quartiles)':26}" + "".join(f"{f'{c} is times':27}" for c in OURS))
+        for name, rate in rates.items():
+            row = {"device": timing.device, "num_agents": N, "num_envs": B, "name": name, "repeats": len(rate)}
+            row |= quartiles("steps_per_second", rate)
+            for c in OURS:
+                row |= quartiles(f"{c}_is_times", rates[c] / rate)
+            print(f"{name:14}", *(text(row, k) for k in ("steps_per_second", *(f"{c}_is_times" for c in OURS))))
+            rows.append(row)
+    write_csv(out, rows)
+    plot_env(rows, unit, out.with_suffix(".png"))
+
+
+def plot_env(rows: list[dict], unit: str, path: Path) -> None:
+    panels = sorted({row["num_agents"] for row in rows})
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    for axes, N in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for name in dict.fromkeys(row["name"] for row in rows):
+            mine = [row for row in rows if (row["num_agents"], row["name"]) == (N, name)]
+            x, (y, low, high) = [r["num_envs"] for r in mine], ([r["steps_per_second" + e] for r in mine] for e in ENDS)
+            (line,) = axes.plot(x, y, "--" if name == "mpe2" else ".-", label=name)
+            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.set(xscale="log", yscale="log", xlabel="B, environments that step together", title=f"{N} agents")
+    figure.axes[0].set_ylabel(unit)
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def training(replay: dict, num_seeds: int, device: torch.device, **options) -> Callable[[], None]:
+    """One turn of ernie_maddpg.py's loop: an episode of each of its environments, then the updates that are due."""
+    args = script.Args(num_seeds=num_seeds, steps_per_update=100, batch_size=1024, **options)
+    env = script.make_env(args, num_seeds * args.num_envs, device)
+    nets, optimizers = script.make_nets(env, args)
+    losses = {"critic": script.critic_loss, "actor": script.actor_loss}
+    streams = script.make_generators(args.seed, num_seeds, "speed", device)
+    slots = args.buffer_size // env.horizon // args.num_envs
+    if not replay:  # shared by all variants; the first fills it
+        replay |= script.make_replay(env, num_seeds, slots * args.num_envs)
+        for slot in range(slots):
+            script.rollout(env.step, env, nets["actor"], replay, slot * args.num_envs, 0.3, streams, args)
+
+    def turn() -> None:
+        script.rollout(env.step, env, nets["actor"], replay, 0, 0.3, streams, args)
+        for _ in range(args.num_envs * env.horizon // args.steps_per_update):
+            batch = script.sample(replay, slots * args.num_envs, args.batch_size, streams)
+            script.update(nets, optimizers, losses, batch, script.draw_noise(streams, env, args), env, args)
+
+    return turn
+
+
+def bench_train(
+    timing: Timing,
+    num_seeds: tuple[int, ...] = (1, 5),
+    continuous_actions: bool = True,
+    out: Path = RESULTS / "speed_train.csv",
+) -> None:
+    """Seconds for 50 episodes of one of `num_seeds` that train side by side, beside maddpg-pytorch."""
+    clock, rows, default = prepare(timing), [], script.Args()
+    common = {"continuous_actions": continuous_actions, "cuda": timing.device != "cpu"}
+    variants = {"none": {"regularizer": "none"}, "m3ddpg": {"regularizer": "none", "minimax_epsilon": 1e-3}}
+    for samples in (default.reg_batch_size, default.batch_size):
+        for mode, K in itertools.product(("gaussian", "random", "adversarial", "stackelberg"), (1, 3)):
+            if K == 1 or mode in ("adversarial", "stackelberg"):
+                name = mode + f" K={K}" * (mode in ("adversarial", "stackelberg")) + f", {samples} samples"
+                variants[name] = {"regularizer": mode, "attack_steps": K, "reg_batch_size": samples}
+    for S in num_seeds:
+        replay, device = {}, script.setup(script.Args(**common))
+        jobs = {name: training(replay, S, device, **common, **options) for name, options in variants.items()}
+        times = interleave(jobs, timing, clock)
+        print(f"\n{f'seeds: {S}':31} {'s/50 episodes/seed':26} {'times `none`':26} maddpg-pytorch is times")
+        for name, values in times.items():
+            row = {"device": timing.device, "num_seeds": S, "continuous_actions": continuous_actions, "name": name}
+            row |= {"repeats": len(values)} | quartiles("seconds", 50 / default.num_envs / S * values)
+            row |= quartiles("times_none", values / times["none"])
+            row["maddpg_pytorch_is_times"] = MADDPG_PYTORCH[continuous_actions] / row["seconds"]
+            print(f"{name:31}", text(row, "seconds"), text(row, "times_none"), f"{row['maddpg_pytorch_is_times']:.1f}")
+            rows.append(row)
+    write_csv(out, rows)
+
+
+if __name__ == "__main__":
+    tyro.extras.subcommand_cli_from_dict({"env": bench_env, "train": bench_train}, config=(tyro.conf.OmitArgPrefixes,))
