@@ -721,15 +721,19 @@ def plot_robustness(table: dict[str, dict[float, tuple[float, float]]], args: Ar
     """Return against strength, a panel per perturbation; clean is at strength 0, or at factor 1 for the dynamics."""
     families = [f for f in table if f != "clean"]
     figure = Figure(figsize=(13, 2.7 * math.ceil(len(families) / 5)), layout="constrained")
-    for axis, family in zip(figure.subplots(math.ceil(len(families) / 5), 5, sharey=True).flat, families):
+    for place, family in enumerate(families):
+        axis = figure.add_subplot(math.ceil(len(families) / 5), 5, place + 1, sharey=figure.axes[0] if place else None)
         factor = family in DYNAMICS
         points = sorted((table[family] | {float(factor): table["clean"][0.0]}).items())
         strength, (mean, half) = [s for s, _ in points], np.array([v for _, v in points]).T
         axis.fill_between(strength, mean - half, mean + half, alpha=0.3)
         axis.plot(strength, mean, marker="o", markersize=3)
-        label = "factor" if factor else "probability" if "action" in family else "strength"
-        axis.set(title=family, xlabel=label, xscale="log" if factor else "linear")
+        axis.set(title=family, xlabel="factor" if factor else "probability" if "action" in family else "strength")
         axis.grid(alpha=0.3)
+        if factor:
+            axis.set_xscale("log")
+            axis.minorticks_off()
+            axis.set_xticks(strength, [f"{s:g}" for s in strength])
     figure.supylabel("episodic return")
     figure.suptitle(f"{args.env_id}, {args.regularizer}, {args.num_seeds} seed{'s' * (args.num_seeds > 1)}")
     figure.savefig(path, dpi=110)
@@ -996,7 +1000,9 @@ def main() -> None:
             frames, streams = [], make_generators(args.seed, args.num_seeds, "video", device)
             env = make_env(replace(args, backend="torch"), args.num_seeds, device)
             evaluate(env, nets, args, streams, frames=frames)
-            frames[0].save(run_dir / "episode.gif", save_all=True, append_images=frames[1:], duration=100, loop=0)
+            (run_dir / "videos").mkdir(exist_ok=True)
+            path = run_dir / "videos" / "episode.gif"
+            frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
         print(f"results: {run_dir}")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -399,7 +399,7 @@ def test_a_whole_run_leaves_what_it_promises(tmp_path):
     folder = only(tmp_path)
     assert json.loads((folder / "args.json").read_text())["versions"]["torch"] == torch.__version__
     assert len(list(folder.glob("wandb/offline-run-*"))) == 2  # one run per seed
-    for name in ("metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "robustness.png", "episode.gif"):
+    for name in ("metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "robustness.png", "videos/episode.gif"):
         assert (folder / name).stat().st_size > 0
     rows = list(csv.DictReader(open(folder / "robustness.csv")))
     assert {r["perturbation"] for r in rows} == {"clean", *script.SWEEP} - {"max_speed_scale"} and {
