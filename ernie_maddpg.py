@@ -12,7 +12,7 @@ ERNIE-A (Eq. 7) does so for critics and joint actions. M3DDPG (Li et al. 2019) a
 
 Differences to the paper, by their number in the README: 2 squared l2 before tanh, 7 projection after every step,
 8 random start, 14 critics see clean observations, 22 at most K agents in continuous ERNIE-A, 29 discounted targets,
-30 a critic per agent, 33 Adam, 39 Gaussian noise of mean length epsilon.
+30 a critic per agent, 31 the others' present actions, 33 Adam, 39 Gaussian noise of mean length epsilon.
 
 Axes: S seeds, N agents, B environments of a seed, T steps of an episode, M minibatch, O observation, A action.
 """
