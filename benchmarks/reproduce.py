@@ -10,6 +10,7 @@ averaged over the clean environment and all strengths of Gaussian noise and of t
 """
 
 import csv
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ def main() -> None:
     if args.figure != "particle":
         sys.exit(f"reproduce.py: error: figure must be particle, got {args.figure!r}")
     args.results_dir.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the runs on a machine with other work
     ray.init(address=args.ray_address, log_to_driver=False)
     particle(args)
 
