@@ -129,8 +129,9 @@ def plot(task: str, tables: dict[str, dict], args: Args) -> None:
             points = [(s, v) for (f, s), v in table.items() if f == family or f == "clean"]
             strength, mean = [s for s, _ in points], np.array([v.mean() for _, v in points])
             half = np.array([interval(v) for _, v in points])
-            (line,) = axis.plot(strength, mean, marker="o", markersize=3, label=method)
-            axis.fill_between(strength, mean - half, mean + half, color=line.get_color(), alpha=0.12)
+            color = f"C{list(METHODS).index(method)}"  # the same in every figure
+            axis.plot(strength, mean, marker="o", markersize=3, label=method, color=color)
+            axis.fill_between(strength, mean - half, mean + half, color=color, alpha=0.12)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("return of the cooperating agents")
