@@ -235,9 +235,9 @@ class MLP:
     sizes: list[int]
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """(weight [S*N, in, out], bias [S*N, 1, out]) of each layer, views of `flat`."""
-        shapes = [shape for n_in, n_out in zip(self.sizes, self.sizes[1:]) for shape in ((n_in, n_out), (1, n_out))]
-        counts = [rows * n_out for rows, n_out in shapes]
+        """(weight [S*N, out, in], bias [S*N, out, 1]) of each layer, views of `flat`."""
+        shapes = [shape for n_in, n_out in zip(self.sizes, self.sizes[1:]) for shape in ((n_out, n_in), (n_out, 1))]
+        counts = [n_out * columns for n_out, columns in shapes]
         parts = self.flat.split([*counts, self.flat.shape[1] - sum(counts)], 1)
         views = [part.unflatten(1, shape) for part, shape in zip(parts, shapes)]
         return list(zip(views[::2], views[1::2]))
@@ -257,20 +257,21 @@ def init_mlp(sizes: list[int], num_agents: int, generators: Generators) -> MLP:
 
 
 def forward(layers: list[tuple[Tensor, Tensor]], x: Tensor, activation: str) -> Tensor:
-    """x [S, N, M, in] -> [S, N, M, out]: network (s, n) on its own rows."""
+    """x [S, N, M, in] -> [S, N, M, out]: network (s, n) on its own rows. Samples are last in memory, [S*N, out, M]: a
+    matrix product with few outputs is several times faster so."""
     S, N = x.shape[:2]
-    x = x.flatten(0, 1)
+    x = x.flatten(0, 1).mT.contiguous()
     for k, (weight, bias) in enumerate(layers):
-        x = torch.baddbmm(bias, x, weight)
+        x = torch.baddbmm(bias, weight, x)
         if k < len(layers) - 1:
             x = ACTIVATIONS[activation](x)
-    return x.unflatten(0, (S, N))
+    return x.mT.unflatten(0, (S, N))
 
 
 def policy(actor: MLP, obs: Tensor, env, args: Args) -> Tensor:
     """Actions before tanh, or logits: obs [S, N, M, O] -> [S, N, M, A]. Padding is 0, or -1e9 where discrete."""
     z = forward(actor.layers(), obs, args.activation)
-    return z.masked_fill(~env.action_mask[:, None], -1e9 if env.discrete else 0.0)
+    return torch.where(env.action_mask[:, None], z, -1e9 if env.discrete else 0.0)
 
 
 def squash(z: Tensor, env) -> Tensor:
@@ -312,11 +313,12 @@ def rescale(direction: Tensor, length: float | Tensor, norm: str) -> Tensor:
 def unroll(objective: Callable, delta: Tensor, steps: int, size: float, ball: Callable, stackelberg: bool) -> Tensor:
     """delta^K of Eq. (6): ascent steps of l2 length `size` on objective(delta), a value per sample, each projected.
     With `stackelberg` the result is a function of all that `objective` depends on; without, it is a constant (Eq. 4).
-    torch.func.grad, because autograd.grad(create_graph=True) silently loses the interaction inside torch.compile.
+    torch.func.grad, because autograd.grad(create_graph=True) silently loses the interaction inside torch.compile;
+    contiguous, because on CPUs torch.compile (2.13) gets the gradient of a norm over an axis that is strided wrong.
     """
     with torch.set_grad_enabled(stackelberg):
         for _ in range(steps):
-            slope = torch.func.grad(lambda d: objective(d).sum())(delta)
+            slope = torch.func.grad(lambda d: objective(d).sum())(delta).contiguous()
             length = torch.linalg.vector_norm(slope, dim=-1, keepdim=True).clamp_min(1e-8)
             delta = ball(delta + size * slope / length)
     return delta
@@ -384,17 +386,17 @@ def diagnose(actor: MLP, obs: Tensor, noise: Tensor, env, args: Args) -> Batch:
 def encode(critic: MLP, obs: Tensor) -> Tensor:
     """The share of obs [S, M, N, O] of all agents in the first layer of each critic [S, N, M, H], before activation."""
     S, M, N = obs.shape[:3]
-    x = obs.flatten(2).unsqueeze(1).expand(S, N, M, -1).flatten(0, 1)
+    x = obs.flatten(2).mT.unsqueeze(1).expand(S, N, -1, M).flatten(0, 1)
     weight, bias = critic.layers()[0]
-    return torch.baddbmm(bias, x, weight[:, : x.shape[-1]]).unflatten(0, (S, N))
+    return torch.baddbmm(bias, weight[:, :, : x.shape[1]], x).mT.unflatten(0, (S, N))
 
 
 def q_values(critic: MLP, encoded: Tensor, joint: Tensor, args: Args) -> Tensor:
     """Q_i(x, a) of every agent's critic [S, N, M]: encoded [S, N, M, H] is encode(critic, x), joint [S, C, M, N, A]."""
-    a = joint.flatten(3).expand(*encoded.shape[:3], -1).flatten(0, 1)
+    a = joint.flatten(3).mT.expand(*encoded.shape[:2], -1, -1).flatten(0, 1).contiguous()
     (weight, _), *rest = critic.layers()
-    h = torch.baddbmm(encoded.flatten(0, 1), a, weight[:, -a.shape[-1] :])
-    h = ACTIVATIONS[args.activation](h).unflatten(0, encoded.shape[:2])
+    h = torch.baddbmm(encoded.flatten(0, 1).mT, weight[:, :, -a.shape[1] :], a)
+    h = ACTIVATIONS[args.activation](h).mT.unflatten(0, encoded.shape[:2])
     return forward(rest, h, args.activation).squeeze(-1)
 
 
@@ -784,7 +786,7 @@ def load_run(given: Args) -> tuple[Args, dict, Path]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["script"] != Path(__file__).stem:
             fail(f"{path} was written by {state['script']}.py")
-        saved = Args(**(state["args"] | {"resume": None, "evaluate": None, "backend": "torch"}))
+        saved = Args(**(state["args"] | {"resume": None}))
     except FileNotFoundError:
         fail(f"no checkpoint at {path}")
     except Exception as error:
@@ -792,7 +794,7 @@ def load_run(given: Args) -> tuple[Args, dict, Path]:
         fail(f"{path} is no readable checkpoint ({type(error).__name__}){hint}")
     args = parse_args(saved)
     free = {"resume", "evaluate", "cuda", "num_threads", "track", "wandb_mode", "wandb_project_name", "wandb_entity"}
-    free |= {"backend", "eval_episodes", "capture_video"} if given.evaluate else set()
+    free |= {"backend", "eval_episodes", "eval_q", "eval_iterations", "capture_video"} if given.evaluate else set()
     for name, value in asdict(args).items():
         if value != getattr(saved, name) and name not in free:
             fail(f"--{name.replace('_', '-')} is read from {path} and cannot be given with --resume or --evaluate")
@@ -817,18 +819,18 @@ def make_run_dir(args: Args) -> Path:
     return run_dir
 
 
-def start_wandb(args: Args, run_dir: Path) -> list:
-    """One Weights & Biases run per seed, grouped by run name; offline if online fails, none if that fails too."""
+def start_wandb(args: Args, run_dir: Path, labels: list[dict]) -> list:
+    """A Weights & Biases run per label, grouped by run name; offline if online fails, none if that fails too."""
     modes = {"offline": ["offline"], "online": ["online", "offline"], "disabled": []}[args.wandb_mode]
-    names = [f"{run_dir.name}__seed{args.seed + k}" for k in range(args.num_seeds)]
+    names = ["__".join((run_dir.name, *(f"{key}{value}" for key, value in label.items()))) for label in labels]
     options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "group": run_dir.name, "dir": run_dir}
-    options |= {"config": asdict(args), "resume": "allow", "reinit": "create_new"}
+    options |= {"resume": "allow", "reinit": "create_new"}
     for mode in modes if args.track and RANK == 0 else []:
         try:
             import wandb  # slow to import, and may be absent
 
-            settings = wandb.Settings(init_timeout=30, console="off", silent=True)
-            return [wandb.init(name=name, id=name, mode=mode, settings=settings, **options) for name in names]
+            options |= {"mode": mode, "settings": wandb.Settings(init_timeout=30, console="off", silent=True)}
+            return [wandb.init(name=n, id=n, config=asdict(args) | k, **options) for n, k in zip(names, labels)]
         except Exception as error:
             print(f"wandb ({mode}) is left out: {error!r}", file=sys.stderr)
     return []
@@ -844,15 +846,15 @@ def wandb_may_fail(wandb_runs: list):
         print(f"wandb failed and is left out from now on: {error!r}", file=sys.stderr)
 
 
-def log_metrics(path: Path, wandb_runs: list, args: Args, step: int, metrics: Batch) -> None:
-    """A row per seed in metrics.csv, and the same in each seed's wandb run."""
+def log_metrics(path: Path, wandb_runs: list, labels: list[dict], step: int, metrics: Batch) -> None:
+    """A row per label in metrics.csv, and the same in its wandb run; metrics [len(labels)]."""
     values = {name: value.tolist() for name, value in metrics.items()}
-    rows = [{name: value[k] for name, value in values.items()} for k in range(args.num_seeds)]
+    rows = [{name: value[k] for name, value in values.items()} for k in range(len(labels))]
     with open(path, "a", newline="") as file:
         writer = csv.writer(file)
         if file.tell() == 0:
-            writer.writerow(["seed", "global_step", *metrics])
-        writer.writerows([args.seed + k, step, *row.values()] for k, row in enumerate(rows))
+            writer.writerow([*labels[0], "global_step", *metrics])
+        writer.writerows([*label.values(), step, *row.values()] for label, row in zip(labels, rows))
     with wandb_may_fail(wandb_runs):
         for run, row in zip(wandb_runs, rows):
             run.log(row, step=step)
@@ -871,6 +873,11 @@ def setup(args: Args) -> torch.device:
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # filling costs a tenth of an update
     return device
+
+
+def run_labels(args: Args) -> list[dict]:
+    """What tells the rows of metrics.csv apart."""
+    return [{"seed": args.seed + k} for k in range(args.num_seeds)]
 
 
 def make_nets(env, args: Args, state: dict | None = None) -> tuple[Nets, dict[str, torch.optim.Optimizer]]:
@@ -899,6 +906,7 @@ def train(env, nets, optimizers, args: Args, run_dir: Path, wandb_runs: list, st
     slots = args.buffer_size // per_iteration  # a slot is an episode of each environment
     replay = make_replay(env, args.num_seeds, slots * args.num_envs)
     log_path, iteration, num_updates = run_dir / "metrics.csv", 0, 0
+    labels = run_labels(args)
     sums, returns, count, first = {}, 0.0, 0, 0  # of metrics, of returns, updates: since the log at iteration `first`
     if state is not None:
         for name, generators in streams.items():
@@ -958,7 +966,7 @@ def train(env, nets, optimizers, args: Args, run_dir: Path, wandb_runs: list, st
             speed = args.num_seeds * per_iteration * (iteration - first) / (time.perf_counter() - started)
             row["charts/SPS"] = torch.full((args.num_seeds,), round(speed))
             if RANK == 0:
-                log_metrics(log_path, wandb_runs, args, step, row)
+                log_metrics(log_path, wandb_runs, labels, step, row)
             bar.set_postfix(episodic_return=f"{row['eval/episodic_return'].mean():.2f}", refresh=False)
             sums, returns, count, first, started = {}, 0.0, 0, iteration, time.perf_counter()
         if save:
@@ -990,7 +998,7 @@ def main() -> None:
         fail(f"--buffer-size must hold {args.num_envs * env.horizon} steps, num_envs episodes, got {args.buffer_size}")
     nets, optimizers = make_nets(env, args, state)
     run_dir = run_dir or make_run_dir(args)
-    wandb_runs = [] if args.evaluate else start_wandb(args, run_dir)
+    wandb_runs = [] if args.evaluate else start_wandb(args, run_dir, run_labels(args))
     if not args.evaluate and not train(env, nets, optimizers, args, run_dir, wandb_runs, state):
         print(f"stopped; go on with: python {Path(__file__).name} --resume {run_dir}", file=sys.stderr)
         raise SystemExit(130)

@@ -16,13 +16,17 @@ def make(
 ):
     """Build the environment `env_id`; `fields` set its physical constants by name (for example damping=0.5).
 
+    The bimatrix games are discrete whatever `continuous_actions` says; elsewhere it chooses.
+
     `zoo:package.module` wraps the `parallel_env` of that module (any PettingZoo parallel environment); there `fields`
     go to its constructor, except `horizon` and `cooperators`, which are `envs.zoo.from_parallel_env`'s.
     """
-    particle = importlib.import_module("envs.particle")
-    if env_id in particle.TASKS:
-        return particle.make(env_id, num_envs, device, dtype, num_agents, continuous_actions, **fields)
+    modules = [importlib.import_module(f"envs.{name}") for name in ("particle", "bimatrix")]
+    for module in modules:
+        if env_id in module.TASKS:
+            return module.make(env_id, num_envs, device, dtype, num_agents, continuous_actions, **fields)
     if env_id.startswith("zoo:"):
         zoo = importlib.import_module("envs.zoo")  # only here: PettingZoo is needed for nothing else
         return zoo.make(env_id, num_envs, device, dtype, num_agents, continuous_actions, **fields)
-    raise ValueError(f"env_id must be one of {', '.join(particle.TASKS)} or zoo:package.module, got {env_id!r}")
+    tasks = ", ".join(task for module in modules for task in module.TASKS)
+    raise ValueError(f"env_id must be one of {tasks} or zoo:package.module, got {env_id!r}")

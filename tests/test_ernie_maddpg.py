@@ -265,7 +265,7 @@ def test_continuous_action_search_against_the_exact_answer(changed):
     q = script.q_values(critic, encoded, joint, args)
     noise = {"action": script.draw(torch.randn, (3, args.batch_size, 15), generators)}
     change = script.action_regularizer(critic, encoded, joint, q, noise, env, args)
-    weights = critic.layers()[0][0][:, 54:, 0].view(3, 3, 5).norm(dim=-1)  # [critic, agent]
+    weights = critic.layers()[0][0][:, 0, 54:].view(3, 3, 5).norm(dim=-1)  # [critic, agent]
     exact = 0.09 * weights.square().topk(changed, -1).values.sum(-1)[None, :, None]
     assert (change <= exact * (1 + 1e-9)).all()
     assert (change / exact).median() > (
@@ -288,7 +288,7 @@ def test_padding_is_never_played_and_never_matters(env_id):
     ).all()
     torch.testing.assert_close(hard.detach().sum(-1), torch.ones_like(hard[..., 0]))
     grad = torch.autograd.grad(script.actor_loss(nets, batch, noise, env, args)[0], nets["actor"].flat)[0]
-    bias = script.MLP(grad, nets["actor"].sizes).layers()[-1][1][:, 0]  # [N, A]
+    bias = script.MLP(grad, nets["actor"].sizes).layers()[-1][1][..., 0]  # [N, A]
     assert (bias[~env.action_mask] == 0).all() and bias[env.action_mask].abs().sum() > 0
 
 
@@ -573,5 +573,5 @@ def test_wandb_that_fails_does_not_stop_the_run(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(wandb, "init", unreachable)
     args = Args(**(SMALL | dict(track=True, wandb_mode="online")))
-    assert script.start_wandb(args, tmp_path) == []
+    assert script.start_wandb(args, tmp_path, script.run_labels(args)) == []
     assert "no route to host" in capsys.readouterr().err
