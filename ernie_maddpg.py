@@ -822,7 +822,7 @@ def make_run_dir(args: Args) -> Path:
 def start_wandb(args: Args, run_dir: Path, labels: list[dict]) -> list:
     """A Weights & Biases run per label, grouped by run name; offline if online fails, none if that fails too."""
     modes = {"offline": ["offline"], "online": ["online", "offline"], "disabled": []}[args.wandb_mode]
-    names = ["__".join((run_dir.name, *(f"{key}{value}" for key, value in label.items()))) for label in labels]
+    names = [f"{run_dir.name}__run{k}__seed{label['seed']}" for k, label in enumerate(labels)]
     options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "group": run_dir.name, "dir": run_dir}
     options |= {"resume": "allow", "reinit": "create_new"}
     for mode in modes if args.track and RANK == 0 else []:
