@@ -106,10 +106,10 @@ class Args:
     planner_observes: bool = False
     """the planner sees the position, and then plays nearly the best incentive of each square whatever it trained on"""
 
-    method: Literal["ermas", "marl", "domain-randomization", "risk"] = "ermas"
+    method: tuple[Literal["ermas", "marl", "domain-randomization", "risk"], ...] = ("ermas", "marl")
     """ermas; everybody for itself; the same with noise on the agents' rewards; the same with log planner reward"""
     epsilon: tuple[float, ...] = (0.1,)
-    """slack on an agent's regret, per step; several values train side by side, as those of the next three flags"""
+    """slack on an agent's regret, per step; several values train side by side, as do methods and the next flags"""
     beta: tuple[float, ...] = (0.4,)
     """weight of the meta-gradient (Eq. 15)"""
     lambda_init: tuple[float, ...] = (1.0,)
@@ -214,13 +214,15 @@ CURVES = {"epsilon": 0.2, "beta": (0.0, 0.2, 0.6, 0.9, 1.5)}  # Figure 4, right,
 def run_labels(args: Args) -> list[dict]:
     """What tells the S runs apart, the seeds of a setting together."""
     names = ("epsilon", "beta", "lambda_init", "q_train")
-    common = {"method": args.method, "fixed_lambda": args.fixed_lambda}
+    common = {"method": "ermas", "fixed_lambda": args.fixed_lambda}
     common |= {name: getattr(args, name)[0] for name in names}
-    settings = [dict(zip(names, values)) for values in itertools.product(*(getattr(args, name) for name in names))]
-    if args.method != "ermas":  # only Q matters
-        settings = [{"q_train": q} for q in args.q_train]
+    settings = []
+    for method in args.method:
+        choices = {"method": [method]} | {name: getattr(args, name) for name in names if method == "ermas"}
+        choices["q_train"] = args.q_train  # to the baselines only Q matters
+        settings += [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
     if args.figure in ("3", "4"):
-        settings = [{"epsilon": epsilon} for epsilon in EPSILONS]
+        settings = [{"method": "marl"}] + [{"epsilon": epsilon} for epsilon in EPSILONS]
     if args.figure == "4":
         settings += [{"lambda_init": value, "fixed_lambda": True} for value in FIXED_LAMBDAS]
         settings += [{"epsilon": CURVES["epsilon"], "beta": b} for b in CURVES["beta"] if b != args.beta[0]]
@@ -577,7 +579,7 @@ def plan(nets, optimizers, values, env, seen, games: Batch, run: Batch, args: Ar
 # Evaluation: new agents against the frozen planner in test games, and exact values
 
 
-def evaluate(env, planner: MLP, args: Args) -> tuple[Tensor, Tensor]:
+def play_tests(env, planner: MLP, args: Args) -> tuple[Tensor, Tensor]:
     """New agents learn from scratch, each for itself, in the games with Q of args.eval_q against the frozen planners of
     S runs: exact values of the final policies [S, Q, 3] and what an agent could still gain [S, Q, 2], per step."""
     S, Q = len(planner.flat), len(args.eval_q)
@@ -613,7 +615,7 @@ def report(nets: Nets, last: Batch, env, args: Args, run_dir: Path, wandb_runs: 
     results = [label | {name: metric[k].item() for name, metric in last.items()} for k, label in enumerate(labels)]
     tests = []
     if args.figure in (None, "5"):
-        value, regret = (x.tolist() for x in evaluate(env, nets["planner"], args))
+        value, regret = (x.tolist() for x in play_tests(env, nets["planner"], args))
         for (k, label), (c, q) in itertools.product(enumerate(labels), enumerate(args.eval_q)):
             row = {"q": q, "planner_reward": value[k][c][2], "agent_regret": max(regret[k][c])}
             tests.append(label | row)
@@ -676,7 +678,7 @@ def plot(results: list[dict], tests: list[dict], env, args: Args, run_dir: Path)
     """The paper's Figure 3 (payoffs, rewards, regret), 4 (rewards, learning curves) or 5 (test games), or of a run
     without --figure: rewards, regret, test games."""
     plots = {
-        None: (plot_rewards, plot_regret, plot_tests),
+        None: (plot_rewards, plot_regret, plot_tests) if "ermas" in args.method else (plot_rewards, plot_tests),
         "3": (partial(plot_payoffs, players=[0, 1]), partial(plot_payoffs, players=[2]), plot_rewards, plot_regret),
         "4": (plot_rewards, *(partial(plot_curves, metric=f"eval/{name}_reward") for name in env.agents)),
         "5": (plot_tests,),
@@ -698,29 +700,37 @@ def plot_payoffs(axis, players: list[int], env, **_) -> None:
 
 
 def plot_rewards(axis, results: list[dict], args: Args, **_) -> None:
-    """A point per setting with standard deviations over seeds, named by its epsilon or its fixed lambda."""
-    groups = by_setting(results, args).values()
-    for fixed, key, mark in ((False, "epsilon", "o"), (True, "lambda_init", "s")):
-        mine = [g for g in groups if g["fixed_lambda"][0] == fixed and (g["beta"] == args.beta[0]).all()]
-        for k, group in enumerate(mine if args.figure else groups if not fixed else ()):
-            x, y = group["eval/agent_reward"], group["eval/planner_reward"]
-            label = None if k else {"epsilon": "epsilon", "lambda_init": "fixed lambda"}[key]
-            style = {"marker": mark, "capsize": 2, "color": f"C{int(fixed)}", "label": label}
-            axis.errorbar(x.mean(), y.mean(), y.std(), x.std(), **style)
-            axis.annotate(f"{group[key][0, 0]:g}", (x.mean(), y.mean()), (4, 4), textcoords="offset points", fontsize=8)
+    """A point per setting with standard deviations over seeds, ERMAS named by its epsilon or its fixed lambda."""
+    styles = {}
+    for group in by_setting(results, args).values():
+        x, y, fixed = group["eval/agent_reward"], group["eval/planner_reward"], group["fixed_lambda"].any()
+        kind = "fixed lambda" if fixed else "epsilon" if group["method"][0, 0] == "ermas" else group["method"][0, 0]
+        if args.figure and (group["beta"] != args.beta[0]).any():
+            continue
+        new = kind not in styles
+        color = styles.setdefault(kind, f"C{len(styles)}")
+        axis.errorbar(
+            x.mean(), y.mean(), y.std(), x.std(), marker="o", capsize=2, color=color, label=kind if new else None
+        )
+        name = {"fixed lambda": "lambda_init", "epsilon": "epsilon"}.get(kind)
+        if name:
+            axis.annotate(
+                f"{group[name][0, 0]:g}", (x.mean(), y.mean()), (4, 4), textcoords="offset points", fontsize=8
+            )
     axis.set(xlabel="mean reward of both agents", ylabel="reward of the planner", title="rewards per step")
     axis.legend(fontsize=8)
 
 
 def plot_regret(axis, results: list[dict], args: Args, **_) -> None:
-    """Exact and local regret, mean over both agents, with standard deviations over seeds."""
-    groups = by_setting(results, args).values()
+    """Exact and local regret under ERMAS, mean over both agents, with standard deviations over seeds."""
+    groups = [g for g in by_setting(results, args).values() if g["method"][0, 0] == "ermas"]
     epsilon = [group["epsilon"][0, 0] for group in groups]
     for kind, mark in (("exact", "o"), ("local", "^")):
-        values = [group[f"ermas/{kind}_regret"] for group in groups]
-        spread = [v.std() for v in values]
-        axis.errorbar(epsilon, [v.mean() for v in values], spread, marker=mark, ls="", capsize=2, label=kind)
-    axis.plot(epsilon, epsilon, color="grey", lw=1, label="epsilon")
+        mean, sd = zip(
+            *((group[f"ermas/{kind}_regret"].mean(), group[f"ermas/{kind}_regret"].std()) for group in groups)
+        )
+        axis.errorbar(epsilon, mean, sd, marker=mark, ls="", capsize=2, label=kind)
+    axis.plot([0, max(epsilon)], [0, max(epsilon)], color="grey", lw=1, label="epsilon")
     axis.set(xlabel="epsilon", ylabel="regret per step", title="regret of the agents")
     axis.legend()
 

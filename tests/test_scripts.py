@@ -12,8 +12,10 @@ def definitions(path: Path) -> dict[str, str]:
     return {node.name: ast.dump(node) for node in ast.parse(path.read_text()).body if isinstance(node, kinds)}
 
 
-def clashes(sources: dict[str, dict[str, str]], own: tuple[str, ...] = ("Args",)) -> list[str]:
-    """Names defined differently in two scripts; `own` names are each script's."""
+def clashes(
+    sources: dict[str, dict[str, str]], own: tuple[str, ...] = ("Args", "run_labels", "train", "main")
+) -> list[str]:
+    """Names defined differently in two scripts; `own` names are parts of every script that differ."""
     seen, found = {}, []
     for script, names in sources.items():
         for name, code in names.items():
