@@ -128,7 +128,7 @@ class Args:
     """agents share rewards: -r_r + sum_j lambda_j r_j for all (Algorithm 2) instead of their own term (Eq. 11)"""
     inner_steps: int = 3
     """M = n_inner, trust-region steps of a deviation"""
-    rho: float = 4.0
+    rho: float = 8.0
     """radius of the trust region, mean KL(policy || deviation) in nats; a small one hides gains that are far away"""
     trust_region: Literal["anchor", "literal"] = "anchor"
     """the whole deviation stays within rho of the policy, or each of its steps within rho / M of the last (printed)"""
@@ -155,8 +155,8 @@ class Args:
     """Adam step size of the agents, linear to 0"""
     planner_learning_rate: float = 0.03
     """Adam step size of the planner, linear to 0"""
-    ent_coef: float = 0.03
-    """weight of the policies' mean entropy in nats"""
+    ent_coef: float = 0.1
+    """weight of the policies' mean entropy in nats, linear to 0; what is never tried has no estimated regret"""
     hidden_size: int = 0
     """width of two hidden layers; 0: a table, one row of logits for each observation"""
     activation: Literal["relu", "silu", "tanh"] = "tanh"
@@ -314,7 +314,7 @@ def features(env, players: list[int], args: Args) -> Tensor:
 def log_policy(net: MLP, seen: Tensor, args: Args) -> Tensor:
     """[S, n, X, A] log-probabilities: network (s, n) in each of its states; seen [n, X, F]."""
     z = forward(net.layers(), seen.expand(len(net.flat) // len(seen), -1, -1, -1), args.activation)
-    return F.log_softmax(z, -1)
+    return F.log_softmax(z.mT, -2).mT  # along the states in memory, see `forward`
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -426,7 +426,7 @@ def fisher_product(policy: Callable, flat: Tensor, visits: Tensor, vector: Tenso
     """The mean Fisher information matrix of policy(flat) [P, X, A] times vector [P, K]: Hessian of the KL at flat."""
     reference = policy(flat).detach()
     slope = torch.func.grad(lambda f: mean_kl(visits, reference, policy(f)).sum())
-    return torch.func.jvp(slope, (flat,), (vector,))[1]
+    return torch.func.grad(lambda f: (slope(f) * vector).sum())(flat)
 
 
 @torch.no_grad()
@@ -519,7 +519,7 @@ def ascend(net: MLP, optimizer, scores: Tensor, visits: Tensor, seen: Tensor, co
     [S*n, K]. Returns the entropy of each policy [S, n], mean over visits [S, X]."""
     logp = log_policy(net, seen, args)
     entropy = -(visits[:, None] * (logp.exp() * logp).sum(-1)).sum(-1)
-    objective = (scores * logp).sum() + args.ent_coef * entropy.sum()
+    objective = (scores * logp).sum() + optimizer.param_groups[0]["ent_coef"] * entropy.sum()
     net.flat.grad = correction - torch.autograd.grad(objective, net.flat)[0]
     optimizer.step()
     return entropy.detach()
@@ -949,30 +949,30 @@ def write_video(nets: Nets, env, args: Args, run_dir: Path) -> None:
 
 
 def anneal(optimizers: dict[str, torch.optim.Optimizer], progress: float, args: Args) -> None:
-    """Step sizes fall linearly to 0."""
+    """Step sizes and the weight of the entropy fall linearly to 0."""
     sizes = {"agents": args.learning_rate, "planner": args.planner_learning_rate}
     for name, optimizer in optimizers.items():
-        optimizer.param_groups[0]["lr"] = sizes[name] * (1 - progress)
+        optimizer.param_groups[0] |= {"lr": sizes[name] * (1 - progress), "ent_coef": args.ent_coef * (1 - progress)}
 
 
 def train(env, nets, optimizers, run: Batch, args: Args, run_dir: Path, wandb_runs: list, state: dict | None = None):
     """Train from the start or from `state`, a checkpoint. Returns the last row of metrics, and whether the end was
     reached: if not, Ctrl-C or SIGTERM ended it, after a checkpoint."""
     labels, seen, log_path = run_labels(args), make_features(env, args), run_dir / "metrics.csv"
-    S, acts = len(labels), env.max_incentive is not None
-    num_batches = 1 + args.inner_steps * any(label["method"] == "ermas" for label in labels)
+    S, acts, methods = len(labels), env.max_incentive is not None, {label["method"] for label in labels}
+    randomized = "domain-randomization" in methods
+    num_batches = 1 + args.inner_steps * ("ermas" in methods)
     steps = env.horizon * args.num_envs * (args.search_steps * (3 * num_batches - 2) + acts)  # of a run, per iteration
     names = ("games", "randomization")
     streams = {name: make_generators(args.seed, args.num_seeds, name, env.device, RANK) for name in names}
-    zeros = partial(torch.zeros, dtype=env.dtype, device=env.device)
-    lambdas, values = run["lambda_init"][:, None].repeat(1, 2), zeros(S, 3, env.horizon, env.num_states)
-    run["noise"] = zeros(S, 2, env.num_states, env.num_moves**2)
+    lambdas, noise = run["lambda_init"][:, None].repeat(1, 2), torch.zeros(0, device=env.device)
+    values = torch.zeros(S, 3, env.horizon, env.num_states, dtype=env.dtype, device=env.device)
     iteration, sums, count, row = 0, {}, 0, {}  # sums of metrics over `count` iterations since the last log
     if state is not None:
         for name, generators in streams.items():
             for generator, saved in zip(generators, state["streams"][name]):
                 generator.set_state(saved)
-        lambdas, values, run["noise"] = (tensor.to(env.device) for tensor in state["tensors"])
+        lambdas, values, noise = (tensor.to(env.device) for tensor in state["tensors"])
         sums, row = ({k: v.to(env.device) for k, v in metrics.items()} for metrics in state["metrics"])
         iteration, count = state["iteration"], state["count"]
         if RANK == 0 and log_path.exists():  # drop rows that will be written again, and one cut off by a kill
@@ -985,9 +985,11 @@ def train(env, nets, optimizers, run: Batch, args: Args, run_dir: Path, wandb_ru
         anneal(optimizers, iteration / args.num_iterations, args)
         warm = iteration < args.warmup_steps
         for k in range(args.search_steps):
-            if (iteration * args.search_steps + k) % args.randomize_interval == 0:
-                noise = 2 * draw(torch.rand, run["noise"].shape[1:], streams["randomization"]) - 1
-                run["noise"] = run["randomized"][:, None, None, None] * noise.repeat(S // args.num_seeds, 1, 1, 1)
+            if randomized and (iteration * args.search_steps + k) % args.randomize_interval == 0:
+                shape = (2, env.num_states, env.num_moves**2)
+                noise = (2 * draw(torch.rand, shape, streams["randomization"]) - 1).repeat(S // args.num_seeds, 1, 1, 1)
+                noise = noise * run["randomized"][:, None, None, None]
+            run |= {"noise": noise} if randomized else {}
             games = [draw_games(env, streams["games"], args) for _ in range(num_batches)]
             lambdas, values, metrics = search(nets, optimizers, lambdas, values, env, seen, games, run, args, warm)
         if acts and not warm:
@@ -1020,7 +1022,7 @@ def train(env, nets, optimizers, run: Batch, args: Args, run_dir: Path, wandb_ru
             data |= {"nets": {name: net.flat.detach() for name, net in nets.items()}}
             data |= {"optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}}
             data |= {"streams": {p: [g.get_state() for g in generators] for p, generators in streams.items()}}
-            data |= {"tensors": (lambdas, values, run["noise"]), "metrics": (sums, row)}
+            data |= {"tensors": (lambdas, values, noise), "metrics": (sums, row)}
             save_checkpoint(run_dir / CHECKPOINT, data)
     bar.close()
     for s, handler in handlers.items():

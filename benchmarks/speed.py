@@ -5,6 +5,7 @@
     python benchmarks/speed.py env --num-agents 3 --num-envs 8192 --peers vmas
     python benchmarks/speed.py env --device cuda --num-agents 3 --num-envs 1024 32768 1000000
     python benchmarks/speed.py train                    # ernie_maddpg.py, every regulariser: about five minutes
+    python benchmarks/speed.py games                    # ermas_bimatrix.py, games and training: half a minute
 
 A repeat times every contestant once, for `--seconds` or longer; each repeat starts with another one, and ratios are
 taken within a repeat. Shown are the median and the quartiles over repeats. On a CPU the process is pinned to one core
@@ -28,6 +29,10 @@ sampling and one update of batch 1,024 per 100 steps, as in ernie_maddpg.py's `t
 last column is how often this fits into the time of shariqiqbal2810/maddpg-pytorch (40388d7, with its own environments,
 patched for torch 2.13; one thread, one seed) for the same: 1.034 s with continuous actions, 1.187 s with discrete
 ones. These two are constants, measured once on a two-core Xeon and not again here.
+
+`games` counts games of 16 steps in the augmented bimatrix game: `play` of ermas_bimatrix.py for 80 runs of 64 games at
+once, and the same game in numpy, one step of one game at a time, with the same tables and policies. `training` is a
+whole iteration of ERMAS (11 batches for each run, deviations, gradients), counted in games.
 """
 
 import csv
@@ -53,6 +58,7 @@ import tyro
 from matplotlib.figure import Figure
 
 import envs
+import ermas_bimatrix
 import ernie_maddpg as script
 
 RESULTS = Path(__file__).parent / "results"
@@ -296,5 +302,53 @@ def bench_train(
     write_csv(out, rows)
 
 
+def bench_games(timing: Timing, num_runs: int = 80, out: Path = RESULTS / "speed_games.csv") -> None:
+    """Games per second of `num_runs` runs at once beside one game at a time in numpy."""
+    clock, S = prepare(timing), num_runs
+    args = ermas_bimatrix.Args(num_seeds=S, method=("ermas",), cuda=timing.device != "cpu")
+    device = ermas_bimatrix.setup(args)
+    env, T = ermas_bimatrix.build_env(args, 1, device), args.horizon
+    run, seen = ermas_bimatrix.make_run(env, args), ermas_bimatrix.make_features(env, args)
+    players = {"agents": [0, 1], "planner": [2]}
+    nets = {name: ermas_bimatrix.make_policies(env, p, 1, name, args) for name, p in players.items()}
+    optimizers = {name: torch.optim.Adam([net.flat], fused=True) for name, net in nets.items()}
+    ermas_bimatrix.anneal(optimizers, 0.0, args)
+    lambdas, values = torch.ones(S, 2, device=device), torch.zeros(S, 3, T, env.num_states, device=device)
+    streams = ermas_bimatrix.make_generators(1, S, "speed", device)
+    policies = ermas_bimatrix.joint_policy(nets, seen, args)
+
+    def batched() -> None:
+        ermas_bimatrix.play(env, policies, **ermas_bimatrix.draw_games(env, streams, args))
+
+    def training() -> None:
+        games = [ermas_bimatrix.draw_games(env, streams, args) for _ in range(1 + args.inner_steps)]
+        ermas_bimatrix.search(nets, optimizers, lambdas, values, env, seen, games, run, args, warm=False)
+        ermas_bimatrix.plan(nets, optimizers, values, env, seen, games[0], run, args)
+
+    rng, transition, rewards = np.random.default_rng(0), env.transition.cpu().numpy(), env.rewards.cpu().numpy()
+    bounds = [p[0].cumsum(-1)[:, :-1].cpu().numpy() for p in policies]
+    starts = env.start_probs.nonzero()[:, 0].cpu().numpy()
+
+    def one_game() -> None:
+        x, total = starts[rng.integers(len(starts))], np.zeros(3)
+        for _ in range(T):
+            x = transition[x, *((u >= b[x]).sum() for u, b in zip(rng.random(3), bounds))]
+            total += rewards[x]
+
+    count = {"batched": S * args.num_envs, "numpy": 1, "training": S * args.num_envs * (2 + 3 * args.inner_steps)}
+    times = interleave({"batched": batched, "numpy": one_game, "training": training}, timing, clock)
+    rows = []
+    print(f"\n{'':12}{'games/s (quartiles)':28}times numpy")
+    for name, seconds in times.items():
+        row = {"device": timing.device, "num_runs": S, "name": name, "repeats": len(seconds)}
+        row |= quartiles("games_per_second", count[name] / seconds)
+        row |= quartiles("numpy_is_times", count[name] * times["numpy"] / seconds)
+        print(f"{name:12}{text(row, 'games_per_second')} {text(row, 'numpy_is_times')}")
+        rows.append(row)
+    write_csv(out, rows)
+
+
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"env": bench_env, "train": bench_train}, config=(tyro.conf.OmitArgPrefixes,))
+    tyro.extras.subcommand_cli_from_dict(
+        {"env": bench_env, "train": bench_train, "games": bench_games}, config=(tyro.conf.OmitArgPrefixes,)
+    )
