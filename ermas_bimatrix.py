@@ -104,7 +104,7 @@ class Args:
     payoff_scale: float = 4.0
     """the planner's reward is incentive * scale * payoff - incentive^2; at payoff 1 half of it is the best incentive"""
     planner_observes: bool = False
-    """the planner sees the position, and then plays nearly the best incentive of each square whatever it trained on"""
+    """the planner sees the position; without, it commits to incentives not knowing where the agents will be"""
 
     method: tuple[Literal["ermas", "marl", "domain-randomization", "risk"], ...] = ("ermas", "marl")
     """ermas; everybody for itself; the same with noise on the agents' rewards; the same with log planner reward"""
@@ -348,12 +348,15 @@ def play(env, probs: list[Tensor], start: Tensor, action: Tensor) -> tuple[Tenso
     return torch.stack(states, -1), torch.stack(moves)
 
 
+compiled_play = torch.compile(play, fullgraph=True)  # at its first call
+
+
 def experience(env, probs: list[Tensor], games: Batch, values: Tensor, run: Batch, args: Args) -> Batch:
     """Games of R = k S runs, the k-th S of them with the k-th part of `probs`: states [R, B, T], moves [3, R, B, T],
     mean reward per step [R, 3], visits [R, X] (share of the steps that begin in each state), and of each reward the
     return to go per step of a game [R, B, T, 3] and how much it exceeds the baseline `values` [S, 3, T, X]."""
     k = len(probs[0]) // len(values)
-    states, moves = play(env, probs, games["start"], games["action"])
+    states, moves = (compiled_play if args.compile else play)(env, probs, games["start"], games["action"])
     before, after, moves = states[..., :-1], states[..., 1:], moves.permute(1, 2, 3, 0)
     reward = env.rewards[after]
     agents = reward[..., :2] - run["q"].repeat(k)[:, None, None, None] * reward[..., 2:]
@@ -663,9 +666,9 @@ def print_tables(results: list[dict], tests: list[dict], args: Args) -> None:
     columns = {"planner reward": "eval/planner_reward", "agent reward": "eval/agent_reward"}
     columns |= {"exact regret": "ermas/exact_regret", "local regret": "ermas/local_regret", "lambda": "ermas/lambda"}
     print(f"\n{args.env_id}, per step: mean and 95% interval over {args.num_seeds} seeds; agents: mean of both")
-    print(f"{'':30s}" + "".join(f"{name:20s}" for name in columns))
+    print(f"{'':34s}" + "".join(f"{name:20s}" for name in columns))
     for name, group in by_setting(results, args).items():
-        print(f"  {name:28s}" + "".join(cells(group[key]) for key in columns.values()))
+        print(f"  {name:32s}" + "".join(cells(group[key]) for key in columns.values()))
     groups = by_setting(tests, args)
     if groups:
         print("\nReward of the planner when new agents learn against it, by Q of the test game")
@@ -693,10 +696,11 @@ def plot_payoffs(axis, players: list[int], env, **_) -> None:
     payoff = env.payoffs[players].sum(0).numpy()
     axis.imshow(payoff, origin="lower")
     for (i, j), value in np.ndenumerate(payoff):
-        bright = value > payoff.mean()
+        bright = value > (payoff.min() + payoff.max()) / 2
         axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="black" if bright else "white")
     title = " + ".join(env.agents[player] for player in players)
-    axis.set(title=f"payoff of {title}", xlabel="column j", ylabel="row i", xticks=range(payoff.shape[1]))
+    axis.set(title=f"payoff of {title}", xlabel="column j", ylabel="row i")
+    axis.set(xticks=range(payoff.shape[1]), yticks=range(payoff.shape[0]))
 
 
 def plot_rewards(axis, results: list[dict], args: Args, **_) -> None:
@@ -714,9 +718,8 @@ def plot_rewards(axis, results: list[dict], args: Args, **_) -> None:
         )
         name = {"fixed lambda": "lambda_init", "epsilon": "epsilon"}.get(kind)
         if name:
-            axis.annotate(
-                f"{group[name][0, 0]:g}", (x.mean(), y.mean()), (4, 4), textcoords="offset points", fontsize=8
-            )
+            place = {"xytext": (-16, -10) if fixed else (4, 4), "textcoords": "offset points", "fontsize": 8}
+            axis.annotate(f"{group[name][0, 0]:g}", (x.mean(), y.mean()), **place)
     axis.set(xlabel="mean reward of both agents", ylabel="reward of the planner", title="rewards per step")
     axis.legend(fontsize=8)
 
