@@ -488,13 +488,12 @@ def deviate(agents: MLP, others: list[Tensor], first: Batch, games: list[Batch],
         scores = torch.stack([score_table(env, batch, i, i, runs[i]) for i in range(n)], 1)
         return scores, torch.stack([batch["visits"][runs[i]] for i in range(n)], 1).flatten(0, 1)
 
-    flat = start = agents.flat.detach()
-    scores, visits = tables(first, [slice(0, S)] * n)
-    anchor, rho = {"logp": policy(flat), "visits": visits}, args.rho
+    flat, (scores, visits) = agents.flat.detach(), tables(first, [slice(0, S)] * n)
+    start, literal = {"logp": policy(flat), "visits": visits}, args.trust_region == "literal"
+    rho = args.rho / args.inner_steps if literal else args.rho
     path, batches, gains = [policy_gradient(agents, scores, seen, args)], [], []
     for numbers in games:
-        if args.trust_region == "literal":
-            anchor, rho = {"logp": policy(flat), "visits": visits}, args.rho / args.inner_steps
+        anchor = {"logp": policy(flat), "visits": visits} if literal else start
         flat = trust_region_step(policy, flat, scores.flatten(0, 1), visits, anchor, rho, args)
         deviation = policy(flat).exp().unflatten(0, (S, n)).unbind(1)
         probs = [torch.cat((deviation[0], row, row)), torch.cat((column, deviation[1], column))]
@@ -504,7 +503,6 @@ def deviate(agents: MLP, others: list[Tensor], first: Batch, games: list[Batch],
         scores, visits = tables(batch, [slice(0, S), slice(S, 2 * S)])
         path.append(policy_gradient(MLP(flat, agents.sizes), scores, seen, args))
         batches.append(batch)
-    start = {"logp": policy(start), "visits": tables(first, [slice(0, S)] * n)[1]}
     estimate, size = torch.stack(path[:-1]).mean(0), 4 * args.inner_steps / max(1, args.inner_steps - 1)
     if args.meta_gradient == "fomaml":
         estimate, size = path[-1], 2.0
@@ -1057,13 +1055,13 @@ def main() -> None:
     if not is_done:
         print(f"stopped; go on with: python {Path(__file__).name} --resume {run_dir}", file=sys.stderr)
         raise SystemExit(130)
+    if dist.is_initialized():
+        dist.destroy_process_group()  # the test games are played by one process
     if RANK == 0:
         report(nets, row, env, args, run_dir, wandb_runs)
         if args.capture_video:
             write_video(nets, env, args, run_dir)
         print(f"results: {run_dir}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
