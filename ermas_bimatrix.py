@@ -176,7 +176,8 @@ class Args:
     """updates of the new agents"""
 
     def __post_init__(self):
-        lists = ("epsilon", "beta", "lambda_init", "q_train", "eval_q")
+        lists = ("method", "epsilon", "beta", "lambda_init", "q_train", "eval_q")
+        fixed = ["method", "q_train", "lambda_init", "fixed_lambda"] + ["epsilon"] * (self.figure in ("3", "4"))
         values = {name: value if name in lists else (value,) for name, value in asdict(self).items()}
         floats = " ".join(name for name, value in values.items() if value and isinstance(value[0], float))
         counts = "num_seeds num_threads horizon inner_steps cg_steps num_iterations search_steps num_envs"
@@ -194,11 +195,19 @@ class Args:
         ):
             for name in names.split():
                 flag = f"--{name.replace('_', '-')}"
-                if not values[name]:
-                    raise ValueError(f"{flag} must be one number or more, got none")
                 for value in values[name]:
                     if not holds(value):
                         raise ValueError(f"{flag} must be {rule}, got {value!r}")
+        for name in lists:
+            if len(set(values[name])) != max(1, len(values[name])):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be one value or more, all different, got {values[name]}"
+                )
+        for name in fixed if self.figure else ():
+            if getattr(self, name) != getattr(Args, name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be left out with --figure, got {getattr(self, name)}"
+                )
         if self.env_id == "auto":
             self.env_id = "repeated_bimatrix_v0" if self.figure in ("3", "4") else "augmented_bimatrix_v0"
 
@@ -218,8 +227,10 @@ def run_labels(args: Args) -> list[dict]:
     common |= {name: getattr(args, name)[0] for name in names}
     settings = []
     for method in args.method:
-        choices = {"method": [method]} | {name: getattr(args, name) for name in names if method == "ermas"}
-        choices["q_train"] = args.q_train  # to the baselines only Q matters
+        choices = {"method": [method], "q_train": args.q_train}  # to the baselines nothing else matters
+        if method == "ermas":
+            choices |= {name: getattr(args, name) for name in names}
+            choices["epsilon"] = args.epsilon[:1] if args.fixed_lambda else args.epsilon
         settings += [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
     if args.figure in ("3", "4"):
         settings = [{"method": "marl"}] + [{"epsilon": epsilon} for epsilon in EPSILONS]
@@ -333,8 +344,9 @@ def play(env, probs: list[Tensor], start: Tensor, action: Tensor) -> tuple[Tenso
     R, X = probs[0].shape[:2]
     K, B = start.shape
     offset = X * torch.arange(R, device=start.device)[:, None]
-    bounds = [p.cumsum(-1)[..., :-1].flatten(0, 1).unbind(-1) for p in probs]  # [A - 1] of [R * X]
-    first = torch.bucketize(start.contiguous(), env.start_probs.cumsum(0)[:-1], right=True)
+    bounds = [list(itertools.accumulate(p.flatten(0, 1).unbind(-1)[:-1])) for p in probs]  # [A - 1] of [R * X]
+    starts = torch.ones(X, X, dtype=env.dtype, device=start.device).tril() @ env.start_probs  # cumsum may vary on GPUs
+    first = torch.bucketize(start.contiguous(), starts[:-1], right=True)
     states, moves = [first.repeat(R // K, 1)], []
     for uniform in action:
         row, move = (offset + states[-1]).flatten(), []
@@ -367,7 +379,8 @@ def experience(env, probs: list[Tensor], games: Batch, values: Tensor, run: Batc
         agents = agents + noise.gather(2, entry.flatten(1).unsqueeze(1).expand(-1, 2, -1)).mT.view_as(agents)
     utility = (reward[..., 2] - env.rewards[:, 2].min()).log1p()
     planner = torch.where(run["risk"].repeat(k)[:, None, None], utility, reward[..., 2])
-    returns = torch.cat((agents, planner[..., None]), -1).flip(2).cumsum(2).flip(2) / env.horizon
+    later = torch.ones(env.horizon, env.horizon, dtype=env.dtype, device=before.device).triu()
+    returns = later @ torch.cat((agents, planner[..., None]), -1) / env.horizon
     cell = torch.arange(env.horizon, device=before.device) * env.num_states + before  # [R, B, T] into [T, X]
     baseline = values.repeat(k, 1, 1, 1).flatten(2).gather(2, cell.flatten(1).unsqueeze(1).expand(-1, 3, -1))
     visits = torch.zeros_like(probs[0][..., 0])
@@ -539,14 +552,14 @@ def search(nets, optimizers, lambdas, values, env, seen, games: list[Batch], run
     S, policies = len(lambdas), joint_policy(nets, seen, args)
     batch, correction = experience(env, policies, games[0], values, run, args), 0.0
     joint, weight = [(batch, slice(0, S))], lambdas
-    regrets = slack = kl = torch.zeros_like(lambdas)
+    regrets = excess = kl = torch.zeros_like(lambdas)
     if len(games) > 1 and not warm:
         estimate, regrets, kl, more = deviate(
             nets["agents"], policies, batch, games[1:], values, env, seen["agents"], run, args
         )
         joint += [(batch, slice(2 * S, 3 * S)) for batch in more]
-        slack = run["learns_lambda"][:, None] * (regrets - run["epsilon"][:, None])
-        weight = (lambdas + args.lambda_damping * slack).clamp(0, args.lambda_max)
+        excess = run["learns_lambda"][:, None] * (regrets - run["epsilon"][:, None])
+        weight = (lambdas + args.lambda_damping * excess).clamp(0, args.lambda_max)
         correction = ((run["adversarial"] * run["beta"])[:, None] * weight).flatten()[:, None] * estimate
     pairs = itertools.product(range(2), range(3))
     tables = [torch.stack([score_table(env, b, i, r, runs) for b, runs in joint]).mean(0) for i, r in pairs]
@@ -565,7 +578,7 @@ def search(nets, optimizers, lambdas, values, env, seen, games: list[Batch], run
     metrics |= {"ermas/lambda_row": lambdas[:, 0], "ermas/lambda_column": lambdas[:, 1]}
     metrics |= {"ermas/local_regret_row": regrets[:, 0], "ermas/local_regret_column": regrets[:, 1]}
     metrics |= {"ermas/deviation_kl": kl.amax(1), "losses/entropy": entropy.mean(1)}
-    lambdas = (lambdas + args.lambda_lr * slack).clamp(0, args.lambda_max)  # ALGO LOGIC: Eq. (12)
+    lambdas = (lambdas + args.lambda_lr * excess).clamp(0, args.lambda_max)  # ALGO LOGIC: Eq. (12)
     return lambdas, values, metrics
 
 
@@ -963,7 +976,13 @@ def train(env, nets, optimizers, run: Batch, args: Args, run_dir: Path, wandb_ru
     S, acts, methods = len(labels), env.max_incentive is not None, {label["method"] for label in labels}
     randomized = "domain-randomization" in methods
     num_batches = 1 + args.inner_steps * ("ermas" in methods)
-    steps = env.horizon * args.num_envs * (args.search_steps * (3 * num_batches - 2) + acts)  # of a run, per iteration
+
+    def steps(iterations: int) -> int:
+        """Environment steps of a run."""
+        games = iterations * args.search_steps
+        after = max(0, iterations - args.warmup_steps) * (3 * (num_batches - 1) * args.search_steps + acts)
+        return (games + after) * args.num_envs * env.horizon
+
     names = ("games", "randomization")
     streams = {name: make_generators(args.seed, args.num_seeds, name, env.device, RANK) for name in names}
     lambdas, noise = run["lambda_init"][:, None].repeat(1, 2), torch.zeros(0, device=env.device)
@@ -1011,10 +1030,10 @@ def train(env, nets, optimizers, run: Batch, args: Args, run_dir: Path, wandb_ru
                 fail(f"{name} is not finite at iteration {iteration}; last good checkpoint: {good}")
         if log:
             row = exact(nets, env, seen, run, args) | {name: value / count for name, value in sums.items()}
-            speed = S * steps * count / (time.perf_counter() - started)
+            speed = S * (steps(iteration) - steps(iteration - count)) / (time.perf_counter() - started)
             row["charts/SPS"] = torch.full((S,), round(speed))
             if RANK == 0:
-                log_metrics(log_path, wandb_runs, labels, iteration * steps, row)
+                log_metrics(log_path, wandb_runs, labels, steps(iteration), row)
             bar.set_postfix(planner_reward=f"{row['eval/planner_reward'].mean():.3f}", refresh=False)
             sums, count, started = {}, 0, time.perf_counter()
         if save:
@@ -1050,6 +1069,8 @@ def main() -> None:
     wandb_runs = [] if args.evaluate else start_wandb(args, run_dir, run_labels(args))
     if args.evaluate:
         row, is_done = state["metrics"][1], True
+        if not row:
+            fail(f"{run_dir} has not trained long enough to be evaluated; go on with --resume")
     else:
         row, is_done = train(env, nets, optimizers, run, args, run_dir, wandb_runs, state)
     if not is_done:

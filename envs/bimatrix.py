@@ -69,9 +69,9 @@ class State:
 class Bimatrix:
     """A description without state; `dataclasses.replace(env, q=0.5)` is the same game with another q.
 
-    `planner_observes` is off by default: the planner's action moves nobody, so one that sees the position can answer each
-    square as it comes. Blind, it commits to incentives without knowing where the others will be, and needs robustness
-    the most. Its observation is then one entry, always 1.
+    `planner_observes` is off by default: a planner that sees the position can answer each square as it comes. Blind, it
+    commits to incentives without knowing where the others will be, and needs robustness the most. Its observation is
+    then one entry, always 1.
     """
 
     num_envs: int

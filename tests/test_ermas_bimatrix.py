@@ -1,0 +1,943 @@
+"""ermas_bimatrix.py: sampled quantities against the exact oracles, updates against hand-computed ones, runs."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ermas_bimatrix as script
+from envs import bimatrix
+from ermas_bimatrix import Args
+
+ROOT = Path(__file__).parent.parent
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+REPEATED, AUGMENTED = bimatrix.TASKS
+SMALL = dict(num_envs=8, num_iterations=12, warmup_steps=2, num_seeds=1, horizon=6, inner_steps=2, cg_steps=4)
+SMALL |= dict(log_interval=4, checkpoint_interval=6, eval_iterations=3, eval_q=(0.0, 0.5), track=False)
+SMALL["method"] = ("ermas",)
+
+
+@pytest.fixture(autouse=True)
+def float32_afterwards():
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def world(**options) -> SimpleNamespace:
+    """All parts of a small problem in float64: policies that are not uniform, an arbitrary baseline."""
+    torch.set_default_dtype(torch.float64)
+    args = Args(**(SMALL | options))
+    script.setup(args)
+    env = dataclasses.replace(script.build_env(args, 1, DEVICE), dtype=torch.float64)
+    run, seen = script.make_run(env, args), script.make_features(env, args)
+    S, players = len(run["q"]), {"agents": [0, 1], "planner": [2]}
+    nets = {n: script.make_policies(env, p, S // args.num_seeds, n, args) for n, p in players.items()}
+    for net in nets.values():
+        net.flat.detach().mul_(math.sqrt(net.sizes[0]))
+    streams = script.make_generators(args.seed, args.num_seeds, "test", DEVICE)
+    values = 0.3 * torch.randn(
+        S, 3, env.horizon, env.num_states, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).to(DEVICE)
+    still = SimpleNamespace(step=lambda: None, param_groups=[{}])  # an optimizer that leaves the gradient to look at
+    optimizers = {"agents": still, "planner": still}
+    script.anneal(optimizers, 0.0, args)
+    parts = dict(
+        args=args, env=env, run=run, seen=seen, nets=nets, optimizers=optimizers, values=values, streams=streams
+    )
+    return SimpleNamespace(S=S, policies=script.joint_policy(nets, seen, args), **parts)
+
+
+def games_of(w, count=1):
+    return [script.draw_games(w.env, w.streams, w.args) for _ in range(count)]
+
+
+def exact_gradient(w, player: int, reward: int) -> torch.Tensor:
+    """[S, K] derivative of the exact value of a reward with respect to a player's parameters."""
+    name = "planner" if player == 2 else "agents"
+    net = script.MLP(w.nets[name].flat.detach().requires_grad_(), w.nets[name].sizes)
+    policies = script.joint_policy(w.nets, w.seen, w.args)
+    policies[player] = script.log_policy(net, w.seen[name], w.args)[:, 0 if player == 2 else player].exp()
+    value = bimatrix.exact_value(w.env, policies, q=w.run["q"])[:, reward].sum()
+    return torch.autograd.grad(value, net.flat)[0].unflatten(0, (w.S, -1))[:, 0 if player == 2 else player]
+
+
+def one_policy(w):
+    """All seeds of `w` play the first one's policies, so that they are repetitions of one experiment."""
+    for net in w.nets.values():
+        net.flat.detach().unflatten(0, (w.S, -1))[:] = net.flat.detach().unflatten(0, (w.S, -1))[:1].clone()
+    w.policies = script.joint_policy(w.nets, w.seen, w.args)
+
+
+def assert_unbiased(samples: torch.Tensor, exact: torch.Tensor):
+    """Mean over the first axis within five standard errors everywhere (of rare events these are too small, hence the
+    rest), and somewhere far enough from 0 to tell."""
+    error = samples.std(0) / len(samples) ** 0.5
+    assert ((samples.mean(0) - exact).abs() <= 5 * error + 3e-4).all()
+    assert (exact.abs() > 3 * error.clamp_min(1e-3)).any()
+
+
+# --------------------------------------------------------------------------------------------------------------- games
+
+PROBLEMS = [
+    dict(env_id=REPEATED, q_train=(0.2,)),
+    dict(env_id=AUGMENTED, q_train=(0.1,)),
+    dict(env_id=AUGMENTED, q_train=(0.1,), planner_observes=True, hidden_size=4),
+]
+
+
+@pytest.mark.parametrize("options", PROBLEMS)
+def test_games_follow_the_policies(options):
+    n = 20_000
+    w = world(num_envs=n, **options)
+    [games] = games_of(w)
+    states, moves = script.play(w.env, w.policies, games["start"], games["action"])
+    batch = script.experience(w.env, w.policies, games, w.values, w.run, w.args)
+    assert torch.equal(batch["states"], states[..., :-1])
+    torch.testing.assert_close(
+        batch["visits"][0], states[0, :, :-1].flatten().bincount(minlength=w.env.num_states) / (n * w.env.horizon)
+    )
+    visits = bimatrix.state_visits(w.env, w.policies)[0]
+    for player, policy in enumerate(w.policies):  # share of the steps in each state with each move
+        hot = torch.zeros(n, w.env.num_states * policy.shape[2], device=DEVICE)
+        for t in range(w.env.horizon):
+            hot[torch.arange(n), states[0, :, t] * policy.shape[2] + moves[t, player, 0]] += 1 / w.env.horizon
+        exact = (visits[:, None] * policy[0]).flatten()
+        error = (exact / w.env.horizon / n).sqrt()  # at most, but for steps of a game that depend on each other
+        assert ((hot.mean(0) - exact).abs() <= 5 * (hot.std(0) / n**0.5).maximum(error)).all()
+    values = bimatrix.exact_value(w.env, w.policies, q=w.run["q"])[0]
+    returns = batch["returns"][0, :, 0]
+    assert_unbiased(returns, values)
+    torch.testing.assert_close(batch["mean"][0], returns.mean(0))
+    arrival = w.env.transition[states[0, :, 0], moves[0, 0, 0], moves[0, 1, 0], moves[0, 2, 0]]
+    assert torch.equal(arrival, states[0, :, 1])
+
+
+def test_same_policies_and_numbers_give_the_same_games():
+    w = world(num_seeds=2, num_envs=50)
+    [games] = games_of(w)
+    twice = [p.repeat(2, 1, 1) for p in w.policies]
+    twice[0][3] = twice[0][3].flip(-1)  # but the row player of the last run
+    states, moves = script.play(w.env, twice, games["start"], games["action"])
+    assert torch.equal(states[0], states[2]) and torch.equal(moves[:, :, 0], moves[:, :, 2])
+    assert not torch.equal(states[0], states[1])
+    assert torch.equal(states[1, :, 0], states[3, :, 0]) and not torch.equal(states[1], states[3])
+
+
+def test_compiled_games_are_the_same_games():
+    w = world(num_seeds=2, horizon=3)
+    [games] = games_of(w)
+    policies = [p.repeat(3, 1, 1) for p in w.policies]
+    eager, compiled = (
+        script.experience(w.env, policies, games, w.values, w.run, dataclasses.replace(w.args, compile=c))
+        for c in (False, True)
+    )
+    assert eager["states"].shape == (6, 8, 3)
+    assert all(torch.equal(eager[name], compiled[name]) for name in eager)
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
+@pytest.mark.parametrize("options", PROBLEMS)
+def test_policy_gradients_are_unbiased_whatever_the_baseline(options):
+    w = world(num_seeds=100, num_envs=200, horizon=4, **options)
+    one_policy(w)
+    [games] = games_of(w)
+    batch = script.experience(w.env, w.policies, games, w.values, w.run, w.args)
+    for player, reward in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 2)):
+        if player == 2 and w.env.max_incentive is None:
+            continue  # it has one action
+        name, index = ("planner", 0) if player == 2 else ("agents", player)
+        table = script.score_table(w.env, batch, player, reward, slice(None))
+        scores = torch.zeros(w.S, len(w.seen[name]), *table.shape[1:], device=DEVICE)
+        scores[:, index] = table
+        gradient = script.policy_gradient(w.nets[name], scores, w.seen[name], w.args).unflatten(0, (w.S, -1))
+        assert_unbiased(gradient[:, index], exact_gradient(w, player, reward)[0])
+        assert (gradient.sum(1) == gradient[:, index]).all()
+
+
+def test_the_baseline_follows_the_mean_return_to_go():
+    w = world(num_seeds=2, num_envs=30)
+    batch = script.experience(w.env, w.policies, games_of(w)[0], w.values, w.run, w.args)
+    after = script.follow(w.values, batch, slice(0, 2), 0.25)
+    for s, t, x in ((0, 0, 5 * 4), (1, 3, 7 * 4 + 1), (1, 5, 63)):
+        there = batch["states"][s, :, t] == x
+        for player in range(3):
+            old = w.values[s, player, t, x]
+            new = old + 0.25 * (batch["returns"][s, there, t, player].mean() - old) if there.any() else old
+            torch.testing.assert_close(after[s, player, t, x], new)
+    seen = torch.zeros_like(w.values[:, 0]).flatten(1).scatter(1, batch["cell"].flatten(1), 1.0)
+    assert torch.equal((after != w.values).all(1), seen.view_as(w.values[:, 0]) > 0)
+
+
+# --------------------------------------------------------------------------------------------------------- trust region
+
+
+def test_conjugate_gradient_solves_linear_systems():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(5, 12, 12, generator=generator, dtype=torch.float64)
+    matrix, b = root @ root.mT + torch.eye(12), torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    b[3] = 0
+    x = script.conjugate_gradient(lambda v: (matrix @ v[..., None])[..., 0], b, 30)
+    torch.testing.assert_close(x, torch.linalg.solve(matrix, b), rtol=1e-7, atol=1e-9)
+    early = script.conjugate_gradient(lambda v: (matrix @ v[..., None])[..., 0], b, 3)
+    assert not torch.allclose(early, x, rtol=1e-3)
+
+
+def agents_policy(w):
+    """`policy` as the trust region takes it: log-probabilities [P, X, M] of flat [P, K], P = S * 2."""
+    return lambda f: script.log_policy(script.MLP(f, w.nets["agents"].sizes), w.seen["agents"], w.args).flatten(0, 1)
+
+
+@pytest.mark.parametrize("hidden_size", [0, 4])
+def test_fisher_product_against_the_enumerated_matrix(hidden_size):
+    w = world(env_id=REPEATED, num_seeds=2, hidden_size=hidden_size)
+    policy, flat = agents_policy(w), w.nets["agents"].flat.detach()
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    visits = torch.rand(4, w.env.num_states, generator=generator, device=DEVICE)
+    visits = visits / visits.sum(1, keepdim=True)
+    vector = torch.randn(flat.shape, generator=generator, device=DEVICE)
+    product = script.fisher_product(policy, flat, visits, vector)
+    slopes = torch.func.jacrev(policy)(flat)  # [P, X, M, P, K]
+    for p in range(4):
+        weight = visits[p, :, None] * policy(flat)[p].exp()
+        fisher = torch.einsum("xa,xak,xal->kl", weight, slopes[p, :, :, p], slopes[p, :, :, p])
+        torch.testing.assert_close(product[p], fisher @ vector[p], rtol=1e-9, atol=1e-12)
+
+
+def trust_region_problem(**options):
+    w = world(env_id=REPEATED, num_seeds=2, num_envs=64, **options)
+    batch = script.experience(w.env, w.policies, games_of(w)[0], w.values, w.run, w.args)
+    scores = torch.stack([script.score_table(w.env, batch, i, i, slice(None)) for i in range(2)], 1).flatten(0, 1)
+    flat, visits = w.nets["agents"].flat.detach(), batch["visits"].repeat_interleave(2, 0)
+    return w, agents_policy(w), flat, scores, visits, {"logp": agents_policy(w)(flat), "visits": visits}
+
+
+def kl(anchor, policy, flat):
+    terms = anchor["logp"].exp() * (anchor["logp"] - policy(flat))
+    return (anchor["visits"][..., None] * terms).sum((1, 2))
+
+
+@pytest.mark.parametrize("hidden_size", [0, 4])
+@pytest.mark.parametrize("rho", [1e-4, 0.5])
+def test_trust_region_step(rho, hidden_size):
+    w, policy, flat, scores, visits, anchor = trust_region_problem(hidden_size=hidden_size, cg_steps=40)
+    step = partial(script.trust_region_step, policy, visits=visits, anchor=anchor, rho=rho, args=w.args)
+    moved = step(flat, scores)
+    gain = (scores * ((policy(moved) - policy(flat)).exp() - 1)).sum((1, 2))
+    assert (gain > 0).all() and (kl(anchor, policy, moved) <= rho).all()
+    if rho == 1e-4:  # nearly linear objective, quadratic KL: the best point is known, and half of the way is found
+        gradient = torch.func.grad(lambda f: (scores * policy(f)).sum())(flat)
+        unit = torch.eye(flat.shape[1], device=DEVICE)
+        fisher = [script.fisher_product(policy, flat, visits, v.expand_as(flat)) for v in unit]
+        natural = torch.linalg.solve(torch.stack(fisher, 2) + w.args.cg_damping * unit, gradient)
+        best = (2 * rho * (gradient * natural).sum(1)).sqrt()
+        assert (gain > 0.45 * best).all() and (gain < 1.1 * best).all()
+    else:
+        assert kl(anchor, policy, moved).max() > 0.5 * rho
+    none = scores.clone()
+    none[2] = 0
+    assert torch.equal(step(flat, none)[2], flat[2])  # nothing to gain
+    torch.testing.assert_close(step(flat, none)[[0, 1, 3]], moved[[0, 1, 3]])  # each problem for itself
+    for _ in range(4):
+        moved = step(moved, scores)
+        assert (kl(anchor, policy, moved) <= rho).all()
+
+
+# ----------------------------------------------------------------------------------------------------------- deviations
+
+
+def deviate(w, games):
+    first = script.experience(w.env, w.policies, games[0], w.values, w.run, w.args)
+    return script.deviate(
+        w.nets["agents"], w.policies, first, games[1:], w.values, w.env, w.seen["agents"], w.run, w.args
+    )
+
+
+def deviation_by_hand(w, games, i: int):
+    """The same for agent i alone: its gradients along the path [M + 1][S, K], displacement, regret, and final KL."""
+    net, seen = w.nets["agents"], w.seen["agents"][i : i + 1]
+
+    def policy(flat):
+        return script.log_policy(script.MLP(flat, net.sizes), seen, w.args)[:, 0]
+
+    start = flat = net.flat.detach().unflatten(0, (w.S, 2))[:, i]
+    path, gains, anchor = [], [], None
+    for k, numbers in enumerate(games):
+        policies = list(w.policies)
+        policies[i] = policy(flat).exp()
+        batch, joint = (script.experience(w.env, p, numbers, w.values, w.run, w.args) for p in (policies, w.policies))
+        scores = torch.zeros_like(policies[i])
+        for s, x, a, gain in zip(*(v.flatten() for v in by_step(w, batch, i))):
+            scores[s, x, a] += gain / w.args.num_envs
+        leaf = flat.clone().requires_grad_()
+        path.append(torch.autograd.grad((scores * policy(leaf)).sum(), leaf)[0])
+        gains.append(batch["mean"][:, i] - joint["mean"][:, i])
+        if anchor is None:
+            first = anchor = {"logp": policy(flat), "visits": batch["visits"]}
+        rho = w.args.rho
+        if w.args.trust_region == "literal":
+            anchor, rho = {"logp": policy(flat), "visits": batch["visits"]}, rho / w.args.inner_steps
+        if k < len(games) - 1:
+            flat = script.trust_region_step(policy, flat, scores, batch["visits"], anchor, rho, w.args)
+    return path, flat - start, torch.stack(gains).amax(0).clamp_min(0), kl(first, policy, flat)
+
+
+def by_step(w, batch, player: int):
+    """Seed, state, move and advantage of a player's own reward, each [S, B, T]."""
+    seed = torch.arange(w.S, device=DEVICE)[:, None, None].expand_as(batch["states"])
+    return seed, batch["states"], batch["moves"][player], batch["advantages"][..., player]
+
+
+@pytest.mark.parametrize("hidden_size, trust_region", [(0, "anchor"), (4, "literal")])
+def test_deviations_and_their_gradients_by_hand(hidden_size, trust_region):
+    options = dict(num_seeds=2, num_envs=16, inner_steps=3, rho=0.3, hidden_size=hidden_size, q_train=(0.3,))
+    w = world(env_id=REPEATED, trust_region=trust_region, **options)
+    games = games_of(w, 4)
+    results = {}
+    for name, change in {
+        "reptile": {},
+        "fomaml": dict(meta_gradient="fomaml"),
+        "reptile rescaled": dict(meta_rescale=True),
+        "fomaml rescaled": dict(meta_gradient="fomaml", meta_rescale=True),
+        "displacement": dict(correction="displacement"),
+    }.items():
+        w.args = dataclasses.replace(
+            w.args, **dict(meta_gradient="reptile", meta_rescale=False, correction="gradients") | change
+        )
+        estimate, regrets, size, batches = deviate(w, games)
+        results[name] = estimate.unflatten(0, (w.S, 2))
+    assert len(batches) == 3
+    for i in range(2):
+        (g1, g2, g3, g4), shift, regret, kl_by_hand = deviation_by_hand(w, games, i)
+        mean = (g1 + g2 + g3) / 3
+        close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-9)
+        close(results["reptile"][:, i], mean)
+        close(results["fomaml"][:, i], g4)
+        close(results["reptile rescaled"][:, i], g1 + 4 * 3 / 2 * (mean - g1))
+        close(results["fomaml rescaled"][:, i], g1 + 2 * (g4 - g1))
+        length = mean.norm(dim=1, keepdim=True)
+        close(results["displacement"][:, i], length * shift / shift.norm(dim=1, keepdim=True))
+        close(regrets[:, i], regret)
+        close(size[:, i], kl_by_hand)
+        assert regret.max() > 0 and not torch.allclose(g1, g4, rtol=0.01)
+
+
+def test_deviations_are_played_beside_the_joint_policy():
+    w = world(num_seeds=2)
+    games = games_of(w, 3)
+    for batch, numbers in zip(deviate(w, games)[3], games[1:]):
+        joint = script.experience(w.env, w.policies, numbers, w.values, w.run, w.args)
+        for name in ("states", "returns", "mean"):
+            torch.testing.assert_close(batch[name][2 * w.S :], joint[name])
+
+
+def test_anchored_deviations_stay_in_the_ball_and_literal_ones_do_not():
+    for rho in (0.02, 0.5):
+        w = world(env_id=REPEATED, num_seeds=3, num_envs=400, inner_steps=6, rho=rho, cg_steps=10)
+        games = games_of(w, 7)
+        assert (deviate(w, games)[2] <= rho * (1 + 1e-9)).all()
+        w.args.trust_region = "literal"
+        assert (deviate(w, games)[2] > 1.5 * rho).any()
+
+
+@pytest.mark.parametrize(
+    "share, options",
+    [(0.8, dict(env_id=REPEATED)), (0.5, dict(q_train=(0.3,))), (0.7, dict(env_id=REPEATED, hidden_size=8))],
+)
+def test_local_regret_is_most_of_the_exact_regret(share, options):
+    """It is a lower bound, up to noise: the best response knows the time, and some gains lie behind losses."""
+    w = world(num_seeds=3, num_envs=3000, inner_steps=5, rho=8.0, cg_steps=10, **options)
+    local = deviate(w, games_of(w, 6))[1]
+    exact = bimatrix.regret(w.env, w.policies, q=w.run["q"])[:, :2]
+    assert (local < exact + 0.01).all() and local.mean() > share * exact.mean() > 0.05
+
+
+def test_no_regret_in_equilibrium():
+    w = world(env_id=REPEATED, num_seeds=2, num_envs=1000)
+    with torch.no_grad():
+        w.nets["agents"].flat.zero_()
+        w.nets["agents"].layers()[0][1][:, 2] = 6.0  # up
+    w.policies = script.joint_policy(w.nets, w.seen, w.args)
+    assert bimatrix.regret(w.env, w.policies)[:, :2].max() < 0.01
+    assert deviate(w, games_of(w, 3))[1].max() < 0.01
+
+
+# --------------------------------------------------------------------------------------------------------------- search
+
+
+def search(w, lambdas, games, warm=False):
+    """(the direction in which the agents go up [S, 2, K], lambdas afterwards, metrics)"""
+    lambdas, _, metrics = script.search(
+        w.nets, w.optimizers, lambdas, w.values, w.env, w.seen, games, w.run, w.args, warm
+    )
+    return -w.nets["agents"].flat.grad.unflatten(0, (w.S, 2)), lambdas, metrics
+
+
+PLAIN = dict(ent_coef=0.0, lambda_damping=0.0)
+
+
+@pytest.mark.parametrize("cross_terms", [False, True])
+def test_direction_of_the_agents(cross_terms):
+    w = world(env_id=REPEATED, num_seeds=80, num_envs=60, horizon=4, cross_terms=cross_terms, q_train=(0.2,), **PLAIN)
+    one_policy(w)
+    lambdas = torch.tensor([0.7, 1.8], device=DEVICE).repeat(w.S, 1)
+    games = games_of(w, 3)
+    gradient = {(i, r): exact_gradient(w, i, r)[0] for i in range(2) for r in range(3)}
+    directions = {}
+    for beta in (0.0, 0.6):
+        w.run["beta"][:] = beta
+        directions[beta] = search(w, lambdas, games)[0]
+    for i in range(2):
+        own = 0.7 * gradient[i, 0] + 1.8 * gradient[i, 1] if cross_terms else (0.7, 1.8)[i] * gradient[i, i]
+        assert_unbiased(directions[0.0][:, i], own - gradient[i, 2])
+    estimate = deviate(w, games)[0].unflatten(0, (w.S, 2))
+    torch.testing.assert_close(directions[0.6], directions[0.0] - 0.6 * lambdas[..., None] * estimate)
+
+
+@pytest.mark.parametrize("method", ["marl", "risk", "domain-randomization"])
+def test_baselines_do_not_care_about_the_planner(method):
+    w = world(method=(method,), env_id=REPEATED, num_seeds=80, num_envs=100, horizon=4, q_train=(0.2,), **PLAIN)
+    one_policy(w)
+    direction, lambdas, _ = search(w, w.run["lambda_init"][:, None].repeat(1, 2), games_of(w))
+    for i in range(2):
+        assert_unbiased(direction[:, i], exact_gradient(w, i, i)[0])
+    assert (lambdas == 1).all()
+
+
+def test_direction_of_the_planner():
+    w = world(num_seeds=80, num_envs=100, horizon=4, q_train=(0.3,), planner_observes=True, **PLAIN)
+    one_policy(w)
+    script.plan(w.nets, w.optimizers, w.values, w.env, w.seen, games_of(w)[0], w.run, w.args)
+    assert_unbiased(-w.nets["planner"].flat.grad, exact_gradient(w, 2, 2)[0])
+
+
+def test_entropy_bonus():
+    w = world(env_id=REPEATED, **PLAIN)
+    games, lambdas = games_of(w), torch.zeros(1, 2, device=DEVICE)
+    plain = search(w, lambdas, games)[0]
+    script.anneal(w.optimizers, 0.75, dataclasses.replace(w.args, ent_coef=2.0))  # a quarter is left
+    direction, _, metrics = search(w, lambdas, games)
+    visits = script.experience(w.env, w.policies, games[0], w.values, w.run, w.args)["visits"]
+    flat = w.nets["agents"].flat.detach().requires_grad_()
+    policy = torch.distributions.Categorical(logits=agents_policy(w)(flat).unflatten(0, (1, 2)))
+    entropy = (visits[:, None] * policy.entropy()).sum(-1)
+    torch.testing.assert_close(metrics["losses/entropy"], entropy.mean(1).detach())
+    expected = torch.autograd.grad(0.5 * entropy.sum(), flat)[0].unflatten(0, (1, 2))
+    torch.testing.assert_close(direction - plain, expected)
+
+
+def test_lambda_follows_the_regret():
+    w = world(epsilon=(0.0, 9.0), method=("ermas", "marl"), lambda_lr=2.0, lambda_max=3.0, num_seeds=2)
+    games = games_of(w, 3)
+    for start in (0.01, 1.0, 2.99):
+        before = torch.full((w.S, 2), start, device=DEVICE)
+        _, after, metrics = search(w, before, games)
+        for k, player in enumerate(("row", "column")):
+            regret = metrics[f"ermas/local_regret_{player}"]
+            assert regret.max() > 0.01 and torch.equal(metrics[f"ermas/lambda_{player}"], before[:, k])
+            rise = torch.minimum(start + 2.0 * regret[:2], torch.tensor(3.0))
+            torch.testing.assert_close(after[:2, k], rise)  # epsilon 0
+            assert (after[2:4, k] == 0).all()  # epsilon 9
+            assert (after[4:, k] == start).all()  # marl
+    still = torch.full((w.S, 2), 1.0, device=DEVICE)
+    assert torch.equal(search(w, still, games, warm=True)[1], still)
+    fixed = world(epsilon=(0.0,), num_seeds=2, fixed_lambda=True)
+    assert torch.equal(search(fixed, still[:2], games)[1], still[:2])
+    assert len(script.run_labels(Args(fixed_lambda=True, epsilon=(0.1, 0.2), method=("ermas",), num_seeds=1))) == 1
+
+
+def test_warm_up_has_no_deviations_and_lambda_0():
+    w = world(env_id=REPEATED, num_seeds=2, lambda_init=(0.7,), **PLAIN)
+    games, lambdas = games_of(w, 3), w.run["lambda_init"][:, None].repeat(1, 2)
+    direction, _, metrics = search(w, lambdas, games, warm=True)
+    w.run["beta"][:] = 0
+    torch.testing.assert_close(direction, search(w, lambdas, games[:1])[0])
+    assert not metrics["ermas/local_regret_row"].any() and not metrics["ermas/deviation_kl"].any()
+
+
+def test_damping_of_lambda():
+    """The agents' own reward counts lambda + kappa (regret - epsilon), within the bounds of lambda."""
+    w = world(num_seeds=2, epsilon=(0.05,), lambda_max=2.0, ent_coef=0.0, lambda_damping=0.0)
+    games, lambdas = games_of(w, 3), torch.tensor([[1.0, 0.1], [0.5, 1.9]], device=DEVICE)
+    for kappa in (0.5, -5.0, 50.0):
+        w.args.lambda_damping = 0.0
+        _, _, metrics = search(w, lambdas, games)
+        regrets = torch.stack([metrics[f"ermas/local_regret_{player}"] for player in ("row", "column")], 1)
+        weight = (lambdas + kappa * (regrets - 0.05)).clamp(0, 2)
+        expected = search(w, weight, games)[0]
+        w.args.lambda_damping = kappa
+        direction, after, _ = search(w, lambdas, games)
+        torch.testing.assert_close(direction, expected)
+        torch.testing.assert_close(after, (lambdas + w.args.lambda_lr * (regrets - 0.05)).clamp(0, 2))
+    fixed = world(num_seeds=2, fixed_lambda=True, ent_coef=0.0, lambda_damping=50.0)
+    direction = search(fixed, lambdas, games)[0]
+    fixed.args.lambda_damping = 0.0
+    torch.testing.assert_close(search(fixed, lambdas, games)[0], direction)
+
+
+# ----------------------------------------------------------------------------------------------------------- baselines
+
+
+def test_learning_rewards_by_hand():
+    """Noise on the agents' rewards under domain randomization, the planner's logarithm under risk, nothing else."""
+    w = world(method=("ermas", "marl", "domain-randomization", "risk"), q_train=(0.4,), num_envs=5)
+    assert w.S == 4
+    [games] = games_of(w)
+    clean = script.experience(w.env, w.policies, games, w.values, w.run, w.args)
+    noise = 2 * torch.rand(4, 2, w.env.num_states, 9, generator=torch.Generator().manual_seed(1)) - 1
+    w.run["noise"] = noise.to(DEVICE) * w.run["randomized"][:, None, None, None]
+    batch = script.experience(w.env, w.policies, games, w.values, w.run, w.args)
+    states, moves = script.play(w.env, w.policies, games["start"], games["action"])
+    T, lowest = w.env.horizon, -9.0  # incentive 3 at payoff 0
+    for s in range(4):
+        for b in range(5):
+            rewards = []
+            for t in range(T):
+                x, (m1, m2, _), y = states[s, b, t], moves[t, :, s, b], states[s, b, t + 1]
+                r1, r2, rp = w.env.rewards[y].tolist()
+                r1, r2, utility = r1 - 0.4 * rp, r2 - 0.4 * rp, rp
+                if s == 2:
+                    r1, r2 = (r + noise[2, k, x, 3 * m1 + m2].item() for k, r in enumerate((r1, r2)))
+                if s == 3:
+                    utility = math.log(rp - lowest + 1)
+                rewards.append([r1, r2, utility])
+            expected = torch.tensor(rewards, device=DEVICE).flip(0).cumsum(0).flip(0) / T
+            torch.testing.assert_close(batch["returns"][s, b], expected)
+            for t in range(T):
+                torch.testing.assert_close(
+                    batch["advantages"][s, b, t], expected[t] - w.values[s, :, t, states[s, b, t]]
+                )
+    assert torch.equal(batch["mean"], clean["mean"])  # what is reported is the game's own reward
+    torch.testing.assert_close(batch["mean"][3, 2], w.env.rewards[states[3, :, 1:], 2].mean())
+
+
+def test_noise_is_redrawn_for_randomized_runs_only(tmp_path, monkeypatch):
+    seen, real = [], script.search
+
+    def spy(*args, **kwargs):
+        seen.append(args[7]["noise"].clone())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(script, "search", spy)
+    options = dict(method=("marl", "domain-randomization"), num_seeds=2, randomize_interval=5, search_steps=3)
+    short_train(tmp_path, "run", num_iterations=5, **options)
+    assert len(seen) == 15  # updates
+    for k, noise in enumerate(seen):
+        assert not noise[:2].any() and noise[2:].abs().max() <= 1 and noise[2:].min() < -0.99 < 0.99 < noise[2:].max()
+        assert abs(noise[2:].mean()) < 0.05 and not torch.equal(noise[2], noise[3])
+        assert torch.equal(noise, seen[k - k % 5]) and (k < 5 or not torch.equal(noise[2], seen[k - 5][2]))
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def short_train(tmp_path, name, **options):
+    """(networks, rows of metrics.csv) of a small run."""
+    args = Args(**(SMALL | options))
+    env = script.build_env(args, 1, script.setup(args))
+    run, players = script.make_run(env, args), {"agents": [0, 1], "planner": [2]}
+    nets = {n: script.make_policies(env, p, len(run["q"]) // args.num_seeds, n, args) for n, p in players.items()}
+    optimizers = {n: torch.optim.Adam([net.flat], args.learning_rate, fused=True) for n, net in nets.items()}
+    folder = tmp_path / name
+    folder.mkdir()
+    assert script.train(env, nets, optimizers, run, args, folder, [])[1]
+    return nets, list(csv.DictReader(open(folder / "metrics.csv")))
+
+
+def without_speed(rows):
+    return [{name: value for name, value in row.items() if name != "charts/SPS"} for row in rows]
+
+
+def assert_same_runs(ours, theirs):
+    """Rows of metrics.csv: all that training has computed to the last bit, the oracles' sums but for rounding."""
+    ours, theirs = without_speed(ours), without_speed(theirs)
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs):
+        for name in one:
+            if name.startswith(("eval/", "ermas/exact")):
+                assert float(one[name]) == pytest.approx(float(other[name]), abs=1e-5)
+            else:
+                assert one[name] == other[name], name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(search_steps=2), dict(hidden_size=16, num_envs=5), dict(method=("marl", "domain-randomization", "risk"))],
+)
+def test_a_seed_does_not_depend_on_the_others(tmp_path, options):
+    together, rows = short_train(tmp_path, "together", seed=5, num_seeds=3, **options)
+    for k in range(3):
+        alone, own = short_train(tmp_path, f"alone{k}", seed=5 + k, **options)
+        for name, n in (("agents", 2), ("planner", 1)):
+            ours = together[name].flat.unflatten(0, (-1, 3, n))[:, k]
+            assert torch.equal(alone[name].flat, ours.flatten(0, 1))
+        assert_same_runs(own, [row for row in rows if row["seed"] == str(5 + k)])
+
+
+def test_a_setting_does_not_depend_on_the_others(tmp_path):
+    options = dict(epsilon=(0.05, 0.3), q_train=(0.0, 0.5), num_seeds=2)
+    together, rows = short_train(tmp_path, "together", method=("ermas", "marl"), **options)
+    alone, own = short_train(tmp_path, "alone", epsilon=(0.3,), q_train=(0.5,), num_seeds=2)
+    mine = slice(6, 8)  # after three settings
+    assert torch.equal(alone["agents"].flat, together["agents"].flat.unflatten(0, (-1, 2))[mine].flatten(0, 1))
+    assert torch.equal(alone["planner"].flat, together["planner"].flat[mine])
+    label = {"method": "ermas", "epsilon": "0.3", "q_train": "0.5"}
+    assert_same_runs(own, [row for row in rows if label.items() <= row.items()])
+
+
+OPTIONS = [
+    dict(method=("ermas", "marl", "domain-randomization", "risk"), epsilon=(0.1, 0.2), search_steps=2),
+    dict(meta_gradient="fomaml", trust_region="literal", meta_rescale=True),
+    dict(correction="displacement", cross_terms=True, planner_observes=True),
+    dict(hidden_size=8, activation="relu", env_id=REPEATED, fixed_lambda=True),
+    dict(hidden_size=8, activation="silu", inner_steps=1),
+    dict(max_incentive=0, beta=(0.0, 1.0), lambda_init=(0.0, 2.0)),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option_trains(tmp_path, options):
+    nets, rows = short_train(tmp_path, "run", **options)
+    assert len(rows) == 3 * len(script.run_labels(Args(**(SMALL | options))))
+    names = [name for name in rows[-1] if "/" in name]
+    assert all(math.isfinite(float(row[name])) for row in rows for name in names)
+    fresh, _ = short_train(tmp_path, "fresh", **(options | dict(num_iterations=1, learning_rate=1e-30)))
+    assert (nets["agents"].flat - fresh["agents"].flat).abs().amax(1).min() > 1e-3
+    moves = options.get("env_id") != REPEATED and options.get("max_incentive") != 0
+    assert ((nets["planner"].flat - fresh["planner"].flat).abs().amax(1).min() > 1e-3) == moves
+
+
+def test_the_warm_up_rests_the_planner(tmp_path):
+    before, _ = short_train(tmp_path, "before", num_iterations=1, warmup_steps=1)
+    rested, rows = short_train(tmp_path, "rested", num_iterations=12, warmup_steps=12)
+    assert torch.equal(before["planner"].flat, rested["planner"].flat)
+    assert {row["ermas/lambda_row"] for row in rows} == {"1.0"}
+
+
+def test_steps_are_counted(tmp_path, monkeypatch):
+    """global_step against the games that were played."""
+    played, real = [], script.play
+
+    def spy(env, probs, start, action):
+        played.append(len(probs[0]) * start.shape[1] * len(action))
+        return real(env, probs, start, action)
+
+    monkeypatch.setattr(script, "play", spy)
+    _, rows = short_train(tmp_path, "run", warmup_steps=0, search_steps=2, inner_steps=3, num_seeds=2)
+    assert 2 * int(rows[-1]["global_step"]) == sum(played)
+
+
+# ------------------------------------------------------------------------------------------------------------- learning
+
+
+def test_everybody_for_itself_reaches_the_equilibrium(tmp_path):
+    options = dict(method=("marl",), env_id=REPEATED, num_seeds=5, num_envs=64, horizon=16, num_iterations=300)
+    _, rows = short_train(tmp_path, "run", **options, log_interval=300)
+    assert len(rows) == 5
+    for row in rows:
+        assert float(row["ermas/exact_regret_row"]) < 0.02 and float(row["ermas/exact_regret_column"]) < 0.02
+        assert float(row["eval/planner_reward"]) > 0.9
+
+
+def test_agents_do_as_much_harm_as_epsilon_allows(tmp_path):
+    options = dict(env_id=REPEATED, epsilon=(0.05, 0.3), num_seeds=2, num_envs=64, horizon=16, inner_steps=3)
+    options |= dict(cg_steps=10, num_iterations=250, warmup_steps=50, log_interval=250)
+    _, rows = short_train(tmp_path, "run", **options)
+    reward = [float(row["eval/planner_reward"]) for row in rows]
+    regret = [float(row["ermas/exact_regret_row"]) + float(row["ermas/exact_regret_column"]) for row in rows]
+    assert min(reward[:2]) > max(reward[2:]) + 0.2 and max(regret[:2]) < min(regret[2:]) - 0.2
+    assert [value / 2 for value in regret] == pytest.approx([0.05, 0.05, 0.3, 0.3], rel=0.3)
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def flags_of(**options) -> list[str]:
+    """Command line of SMALL and `options`."""
+    flags = []
+    for name, value in (SMALL | options).items():
+        flag = name.replace("_", "-")
+        if name == "method" and "figure" in options:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+    return flags
+
+
+def run(*flags, **environment):
+    """The script as a user starts it."""
+    command = [sys.executable, str(ROOT / "ermas_bimatrix.py"), *map(str, flags)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+    )
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    return out, err
+
+
+def only(tmp_path) -> Path:
+    (folder,) = tmp_path.iterdir()
+    return folder
+
+
+def rows_of(path: Path) -> list[dict]:
+    return list(csv.DictReader(open(path)))
+
+
+def main_here(monkeypatch, *flags):
+    """The whole script in this process."""
+    monkeypatch.setattr(sys, "argv", ["ermas_bimatrix.py", *map(str, flags)])
+    script.main()
+
+
+def test_a_whole_run_leaves_what_it_promises(monkeypatch, tmp_path):
+    options = dict(num_seeds=2, method=("ermas", "marl"), track=True, capture_video=True)
+    out, _ = finish(run(f"--runs-dir={tmp_path}", *flags_of(**options)))
+    folder = only(tmp_path)
+    about = json.loads((folder / "args.json").read_text())
+    assert about["versions"]["torch"] == torch.__version__ and about["method"] == ["ermas", "marl"]
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 4  # one per seed and setting
+    for name in ("checkpoint.pt", "checkpoint.previous.pt", "report.png", "videos/game.gif"):
+        assert (folder / name).stat().st_size > 0
+    runs = [("ermas", "1"), ("ermas", "2"), ("marl", "1"), ("marl", "2")]
+    metrics = rows_of(folder / "metrics.csv")
+    assert [(row["method"], row["seed"]) for row in metrics] == 3 * runs  # of 12 / 4 logs
+    results = rows_of(folder / "results.csv")
+    assert [(row["method"], row["seed"]) for row in results] == runs
+    for last, result in zip(metrics[-4:], results):
+        assert all(last[name] == value for name, value in result.items())
+    tests = rows_of(folder / "test_games.csv")
+    assert [(row["method"], row["seed"], row["q"]) for row in tests] == [(*r, q) for r in runs for q in ("0.0", "0.5")]
+    assert all(name in out for name in ("ermas, epsilon 0.1", "marl, Q = 0", str(folder)))
+    before = (folder / "test_games.csv").read_text()
+    main_here(monkeypatch, "--evaluate", folder)
+    assert (folder / "test_games.csv").read_text() == before  # the same planners, the same games
+    main_here(monkeypatch, "--evaluate", folder, "--eval-q", 1, "--eval-iterations=2")
+    assert {row["q"] for row in rows_of(folder / "test_games.csv")} == {"1.0"}  # flags beat the saved values
+
+
+def test_test_games_are_learned_and_valued_exactly():
+    torch.set_default_dtype(torch.float32)
+    options = dict(num_seeds=2, method=("marl", "risk"), eval_q=(0.0, 1.0), eval_iterations=80, num_envs=64)
+    args = Args(**(SMALL | options | dict(horizon=16)))
+    env = script.build_env(args, 1, script.setup(args))
+    planner = script.make_policies(env, [2], 2, "planner", args)
+    values = {}
+    for incentive in (0, 3):
+        with torch.no_grad():
+            planner.flat.zero_()
+            planner.layers()[0][1][:, incentive] = 30.0  # always this one
+        values[incentive], regret = script.play_tests(env, planner, args)
+        assert values[incentive].shape == (4, 2, 3) and regret[:, 0].max() < 0.03
+        assert torch.equal(values[incentive][:2], values[incentive][2:])  # new agents of a seed are always the same
+    assert values[0][..., 2].abs().max() < 1e-6  # nothing paid, nothing received
+    # Q = 0: they go up, where the planner gets 3 * 4 - 9; Q = 1: they go down, where it gets -9
+    assert values[3][:, 0, 2].min() > 1.5 and values[3][:, 1, 2].max() < -7.5 and regret[:, 1].max() < 0.5
+    assert torch.allclose(values[0][:, 0, :2], values[3][:, 0, :2], atol=0.02)
+
+
+@pytest.mark.parametrize("figure, settings", [("3", 9), ("4", 22), ("5", 5)])
+def test_figures(monkeypatch, capsys, tmp_path, figure, settings):
+    options = dict(figure=figure, num_seeds=2, num_iterations=3, log_interval=1)
+    main_here(monkeypatch, f"--runs-dir={tmp_path}", *flags_of(**options))
+    folder = only(tmp_path)
+    game = AUGMENTED if figure == "5" else REPEATED
+    assert json.loads((folder / "args.json").read_text())["env_id"] == game and game in capsys.readouterr().out
+    results = rows_of(folder / "results.csv")
+    names = list(results[0])[:6]
+    assert len({tuple(row[name] for name in names) for row in results}) == settings and len(results) == 2 * settings
+    assert len(rows_of(folder / "test_games.csv")) == (2 * 2 * settings if figure == "5" else 0)
+    assert (folder / "report.png").stat().st_size > 10_000
+
+
+LONG = dict(num_iterations=120, log_interval=15, checkpoint_interval=20, warmup_steps=5, num_seeds=2)
+LONG |= dict(method=("ermas", "domain-randomization"), randomize_interval=50)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    finish(run(f"--runs-dir={folder}", *flags_of(**LONG)))
+    return only(folder)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_and_resumed_equals_uninterrupted(monkeypatch, tmp_path, uninterrupted, how):
+    process = run(f"--runs-dir={tmp_path}", *flags_of(**LONG))
+    until = time.time() + 120
+    while not list(tmp_path.glob("*/checkpoint.pt")) and time.time() < until:
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, err = process.communicate()
+    assert process.returncode == (130 if how == signal.SIGINT else -how)
+    folder = only(tmp_path)
+    if how == signal.SIGINT:
+        assert f"--resume {folder}" in err
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["iteration"] < 120
+    with open(folder / "metrics.csv", "a") as file:
+        file.write("ermas,99")  # what a kill in the middle of a write leaves
+    main_here(monkeypatch, "--resume", folder, "--track", "--wandb-mode=disabled")
+    for name in ("metrics.csv", "results.csv", "test_games.csv"):
+        assert without_speed(rows_of(folder / name)) == without_speed(rows_of(uninterrupted / name))
+    states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, uninterrupted)]
+    for name in states[0]["nets"]:
+        assert torch.equal(*(state["nets"][name] for state in states))
+
+
+def test_two_ranks_train_one_policy(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29537"]
+    command += [
+        str(ROOT / "ermas_bimatrix.py"),
+        f"--runs-dir={tmp_path}",
+        *flags_of(method=("ermas", "marl"), num_iterations=6),
+    ]
+    finish(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    a, b = (torch.load(only(tmp_path) / n, weights_only=True) for n in ("checkpoint.pt", "checkpoint_rank1.pt"))
+    for name in ("agents", "planner"):
+        assert torch.equal(a["nets"][name], b["nets"][name])
+    for x, y in zip(a["tensors"], b["tensors"]):  # lambdas, baseline
+        assert torch.equal(x, y)
+    assert not torch.equal(a["streams"]["games"][0], b["streams"]["games"][0])
+
+
+BAD_VALUES = {
+    **dict.fromkeys(["num_seeds", "num_threads", "horizon", "inner_steps", "cg_steps", "num_iterations"], 0),
+    **dict.fromkeys(["search_steps", "num_envs", "randomize_interval", "log_interval", "checkpoint_interval"], 0),
+    **dict.fromkeys(["learning_rate", "planner_learning_rate", "rho", "lambda_max"], 0.0),
+    **dict.fromkeys(["seed", "max_incentive", "warmup_steps", "hidden_size"], -1),
+    **dict.fromkeys(["epsilon", "beta", "lambda_lr", "lambda_damping", "cg_damping", "ent_coef", "lambda_init"], -0.1),
+    **{"eval_iterations": 0, "value_rate": 1.5, "payoff_scale": math.inf, "q_train": math.nan, "eval_q": math.inf},
+}
+
+
+def main_with(monkeypatch, capsys, *flags) -> str:
+    """Runs main() in this process, which must end with exit code 2; returns its one line on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        main_here(monkeypatch, *flags)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("ermas_bimatrix.py: error: ")
+    return error
+
+
+@pytest.mark.parametrize("name, value", BAD_VALUES.items())
+def test_bad_value_is_one_line_that_names_the_flag(monkeypatch, capsys, name, value):
+    flag = f"--{name.replace('_', '-')}"
+    error = main_with(monkeypatch, capsys, f"{flag}={value}")
+    assert f"{flag} must be" in error and str(value) in error
+
+
+def test_every_number_has_a_bad_value():
+    values = {name: value[0] if isinstance(value, tuple) else value for name, value in Args().__dict__.items()}
+    numbers = {name for name, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    assert numbers == BAD_VALUES.keys()
+
+
+def test_unknown_names_and_combinations(monkeypatch, capsys, tmp_path):
+    bad = partial(main_with, monkeypatch, capsys)
+    assert "repeated_bimatrix_v0" in bad("--env-id=repeated_bimatrix_v1")
+    assert "--no-such-flag" in bad("--no-such-flag")
+    assert "--method" in bad("--method=maddpg") and "--figure" in bad("--figure=6")
+    assert "--epsilon must be one value or more, all different" in bad("--epsilon") and "all different" in bad(
+        "--method"
+    )
+    assert "all different" in bad("--beta", 0.1, 0.1)
+    assert "--method must be left out with --figure" in bad("--figure=5", "--method=marl")
+    assert "--epsilon must be left out with --figure" in bad("--figure=3", "--epsilon=0.2")
+    assert "--epsilon must be" in bad("--epsilon", 0.1, "nan") and "-1" in bad("--beta", 0.1, -1)
+    assert "--lambda-init must be between 0 and --lambda-max" in bad("--lambda-init=3", "--lambda-max=2")
+    assert "--meta-rescale" in bad("--meta-rescale", "--inner-steps=1")
+    assert "--resume" in bad("--resume=a", "--evaluate=b")
+    assert "no checkpoint at" in bad(f"--resume={tmp_path}/nowhere")
+    (tmp_path / "file").write_text("")
+    assert "--runs-dir must be a writable folder" in bad(f"--runs-dir={tmp_path}/file")
+
+
+PAYOFFS = {
+    "missing": None,
+    "no JSON": "[[[1, 2",
+    "no numbers": '[[["a"]], [[1]], [[1]]]',
+    "a dictionary": '{"row": [[1]]}',
+    "two matrices": "[[[1, 2]], [[3, 4]]]",
+    "ragged": "[[[1, 2], [3]], [[1, 2], [3, 4]], [[1, 2], [3, 4]]]",
+    "not a number": "[[[NaN]], [[1]], [[1]]]",
+}
+
+
+@pytest.mark.parametrize("kind", PAYOFFS)
+def test_wrong_payoffs(monkeypatch, capsys, tmp_path, kind):
+    path = tmp_path / "payoffs.json"
+    if PAYOFFS[kind] is not None:
+        path.write_text(PAYOFFS[kind])
+    assert "payoffs must be" in main_with(monkeypatch, capsys, f"--payoffs={path}", f"--runs-dir={tmp_path}/runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_other_payoffs(monkeypatch, tmp_path):
+    payoffs = torch.rand(3, 2, 5).tolist()
+    (tmp_path / "payoffs.json").write_text(json.dumps(payoffs))
+    args = Args(payoffs=str(tmp_path / "payoffs.json"))
+    assert script.build_env(args, 1, DEVICE).payoffs.tolist() == payoffs
+    main_here(monkeypatch, f"--runs-dir={tmp_path}/runs", *flags_of(payoffs=args.payoffs, figure="3", num_iterations=2))
+
+
+def test_broken_checkpoints(monkeypatch, capsys, tmp_path):
+    bad = partial(main_with, monkeypatch, capsys)
+    main_here(monkeypatch, f"--runs-dir={tmp_path}", *flags_of())
+    capsys.readouterr()
+    folder = only(tmp_path)
+    whole = (folder / "checkpoint.pt").read_bytes()
+    assert "--beta is read from" in bad(f"--resume={folder}", "--beta=0.1")
+    (folder / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    error = bad(f"--resume={folder}")
+    assert "no readable checkpoint" in error and "checkpoint.previous.pt" in error
+    state, _ = script.load_run(Args(resume=f"{folder}/checkpoint.previous.pt"))[1:]
+    assert 0 < state["iteration"] < 12  # the one before still loads
+    (folder / "checkpoint.pt").write_bytes(b"")
+    assert "no readable checkpoint" in bad(f"--resume={folder}")
+    torch.save({"weights": torch.zeros(3)}, folder / "checkpoint.pt")
+    assert "no readable checkpoint" in bad(f"--evaluate={folder}")
+    torch.save({"script": "ernie_maddpg"}, folder / "checkpoint.pt")
+    assert "was written by ernie_maddpg.py" in bad(f"--resume={folder}")
+
+
+def test_a_run_without_metrics_is_not_evaluated(monkeypatch, capsys, tmp_path):
+    main_here(monkeypatch, f"--runs-dir={tmp_path}", *flags_of(num_iterations=2))
+    path = only(tmp_path) / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"metrics": ({}, {})}, path)  # as after Ctrl-C before the first log
+    assert "go on with --resume" in main_with(monkeypatch, capsys, f"--evaluate={path.parent}")
+
+
+def test_non_finite_loss_stops_with_the_iteration_and_the_last_checkpoint(monkeypatch, capsys, tmp_path):
+    real, calls = script.search, []
+
+    def poisoned(*args, **kwargs):
+        lambdas, values, metrics = real(*args, **kwargs)
+        calls.append(1)
+        worse = {name: value * (math.nan if len(calls) > 7 else 1) for name, value in metrics.items()}
+        return lambdas, values, worse
+
+    monkeypatch.setattr(script, "search", poisoned)
+    error = main_with(monkeypatch, capsys, f"--runs-dir={tmp_path}", *flags_of())
+    last = only(tmp_path) / "checkpoint.pt"
+    assert "is not finite at iteration 8" in error and str(last) in error
+    assert torch.load(last, weights_only=True)["iteration"] == 6
