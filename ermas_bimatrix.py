@@ -99,6 +99,8 @@ class Args:
     """JSON file with the three R x C payoff matrices of row, column and planner; default: a 4 x 4 social dilemma"""
     horizon: int = 16
     """T, steps of a game"""
+    num_moves: Literal[3, 2] = 3
+    """down, stay, up; or down, up"""
     max_incentive: int = 3
     """largest incentive of the augmented game"""
     payoff_scale: float = 4.0
@@ -122,10 +124,13 @@ class Args:
     """alpha_lambda, step size of lambda"""
     lambda_damping: float = 10.0
     """kappa: an agent's own reward counts lambda + kappa * (regret - epsilon), so that lambda settles; 0: as printed"""
+    clamp_regret: bool = True
+    """an estimated regret below 0 counts as 0; without, lambda also falls where a deviation failed"""
     lambda_max: float = 20.0
     """upper bound of lambda"""
     cross_terms: bool = False
-    """agents share rewards: -r_r + sum_j lambda_j r_j for all (Algorithm 2) instead of their own term (Eq. 11)"""
+    """agents share rewards: -r_r + sum_j lambda_j r_j for all (Algorithm 2) instead of their own term (Eq. 11); then
+    lambda does not hold the regret where helping the other costs one's own reward, as in the default game"""
     inner_steps: int = 3
     """M = n_inner, trust-region steps of a deviation"""
     rho: float = 8.0
@@ -146,7 +151,7 @@ class Args:
     num_iterations: int = 800
     """iterations of the training loop: n_train updates of the agents, one of the planner"""
     warmup_steps: int = 50
-    """k, first updates of the agents with lambda_0, no meta-gradient and the planner at rest"""
+    """k, first iterations, with lambda_0, without deviations and with the planner at rest"""
     search_steps: int = 1
     """n_train, updates of the agents per update of the planner"""
     num_envs: int = 64
@@ -177,7 +182,10 @@ class Args:
 
     def __post_init__(self):
         lists = ("method", "epsilon", "beta", "lambda_init", "q_train", "eval_q")
-        fixed = ["method", "q_train", "lambda_init", "fixed_lambda"] + ["epsilon"] * (self.figure in ("3", "4"))
+        fixed = ["method", "q_train", "lambda_init", "fixed_lambda", "cross_terms"]
+        fixed += ["epsilon"] * (self.figure in ("3", "4"))
+        plain = self.meta_gradient == "reptile" and not self.meta_rescale
+        single = len(self.beta) == 1 or not self.figure
         values = {name: value if name in lists else (value,) for name, value in asdict(self).items()}
         floats = " ".join(name for name, value in values.items() if value and isinstance(value[0], float))
         counts = "num_seeds num_threads horizon inner_steps cg_steps num_iterations search_steps num_envs"
@@ -191,6 +199,17 @@ class Args:
             ("lambda_init", lambda v: 0 <= v <= self.lambda_max, "between 0 and --lambda-max"),
             ("value_rate", lambda v: 0 < v <= 1, "above 0 and at most 1"),
             ("meta_rescale", lambda v: not v or self.inner_steps > 1, "off where --inner-steps is 1: no curvature"),
+            (
+                "correction",
+                lambda v: v == "gradients" or plain,
+                "gradients unless --meta-gradient is reptile, not rescaled",
+            ),
+            ("beta", lambda v: single, "one value with --figure"),
+            (
+                "env_id",
+                lambda v: self.figure != "5" or v != "repeated_bimatrix_v0",
+                "augmented_bimatrix_v0 in Figure 5",
+            ),
             ("resume", lambda v: v is None or not self.evaluate, "left out with --evaluate"),
         ):
             for name in names.split():
@@ -223,19 +242,20 @@ CURVES = {"epsilon": 0.2, "beta": (0.0, 0.2, 0.6, 0.9, 1.5)}  # Figure 4, right,
 def run_labels(args: Args) -> list[dict]:
     """What tells the S runs apart, the seeds of a setting together."""
     names = ("epsilon", "beta", "lambda_init", "q_train")
-    common = {"method": "ermas", "fixed_lambda": args.fixed_lambda}
+    common = {"method": "ermas", "fixed_lambda": args.fixed_lambda, "cross_terms": args.cross_terms}
     common |= {name: getattr(args, name)[0] for name in names}
     settings = []
     for method in args.method:
         choices = {"method": [method], "q_train": args.q_train}  # to the baselines nothing else matters
         if method == "ermas":
             choices |= {name: getattr(args, name) for name in names}
-            choices["epsilon"] = args.epsilon[:1] if args.fixed_lambda else args.epsilon
+            choices["epsilon"] = args.epsilon[:1] if args.fixed_lambda else args.epsilon  # it bounds nothing then
         settings += [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
     if args.figure in ("3", "4"):
         settings = [{"method": "marl"}] + [{"epsilon": epsilon} for epsilon in EPSILONS]
     if args.figure == "4":
-        settings += [{"lambda_init": value, "fixed_lambda": True} for value in FIXED_LAMBDAS]
+        fixed = itertools.product((False, True), FIXED_LAMBDAS)
+        settings += [{"lambda_init": value, "fixed_lambda": True, "cross_terms": cross} for cross, value in fixed]
         settings += [{"epsilon": CURVES["epsilon"], "beta": b} for b in CURVES["beta"] if b != args.beta[0]]
     if args.figure == "5":
         settings = [{"epsilon": epsilon} for epsilon in args.epsilon] + [{"method": "marl"}]
@@ -248,9 +268,9 @@ def setting_name(label: dict, args: Args) -> str:
     if label["method"] != "ermas":
         return f"{label['method']}, Q = {label['q_train']:g}"
     weight = f"fixed lambda {label['lambda_init']:g}" if label["fixed_lambda"] else f"epsilon {label['epsilon']:g}"
-    keys = ("beta", "lambda_init", "q_train")
+    keys = ("beta", "q_train") if label["fixed_lambda"] else ("beta", "lambda_init", "q_train")
     more = [f"{key} {label[key]:g}" for key in keys if label[key] != getattr(args, key)[0]]
-    return ", ".join(("ermas", weight, *more * (not label["fixed_lambda"])))
+    return ", ".join(("ermas", weight, *more, *["shared"] * label["cross_terms"]))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -466,8 +486,9 @@ def trust_region_step(policy, flat: Tensor, scores: Tensor, visits: Tensor, anch
     for halvings in range(-2, 10):  # from four times the length that is right for a quadratic KL
         candidate = flat + 0.5**halvings * step
         logp = policy(candidate)
-        better = (gain(logp) > most) & (mean_kl(anchor["visits"], anchor["logp"], logp) <= rho)
-        best, most = torch.where(better[:, None], candidate, best), torch.where(better, gain(logp), most)
+        value, kl = gain(logp), mean_kl(anchor["visits"], anchor["logp"], logp)
+        better = (value > most) & (kl <= rho)
+        best, most = torch.where(better[:, None], candidate, best), torch.where(better, value, most)
     return best
 
 
@@ -525,7 +546,8 @@ def deviate(agents: MLP, others: list[Tensor], first: Batch, games: list[Batch],
     if args.meta_rescale:
         estimate = path[0] + size * (estimate - path[0])
     kl = mean_kl(start["visits"], start["logp"], policy(flat)).unflatten(0, (S, n))
-    return estimate, torch.stack(gains).amax(0).clamp_min(0), kl, batches
+    regrets = torch.stack(gains).amax(0)
+    return estimate, regrets.clamp_min(0) if args.clamp_regret else regrets, kl, batches
 
 
 def ascend(net: MLP, optimizer, scores: Tensor, visits: Tensor, seen: Tensor, correction, args: Args) -> Tensor:
@@ -545,15 +567,18 @@ def joint_policy(nets: Nets, seen: Batch, args: Args) -> list[Tensor]:
     return [logp.exp() for both in logps for logp in both.unbind(1)]
 
 
-def search(nets, optimizers, lambdas, values, env, seen, games: list[Batch], run: Batch, args: Args, warm: bool):
+def search(nets, optimizers, lambdas, values, env, seen, games: list[Batch], run: Batch, args: Args, deviating: bool):
     """An update of the agents, one iteration of Algorithm 2, from the random numbers of B_0 to B_M. Agent i ascends on
-    -J_r + lambda_i (g_1 - beta grad J_i(deviation)), Eq. (11) with (15); other methods and the warm-up have no
-    deviations. Returns lambdas [S, 2] and the baseline `values` after it, and metrics [S]."""
+    -J_r + lambda_i (g_1 - beta grad J_i(deviation)), Eq. (11) with (15); without `deviating` (other methods, warm-up)
+    the last term is left out and the joint policy plays all batches. Returns lambdas [S, 2] and the baseline `values`
+    after the update, and metrics [S]."""
     S, policies = len(lambdas), joint_policy(nets, seen, args)
     batch, correction = experience(env, policies, games[0], values, run, args), 0.0
     joint, weight = [(batch, slice(0, S))], lambdas
+    if not deviating:
+        joint += [(experience(env, policies, numbers, values, run, args), slice(0, S)) for numbers in games[1:]]
     regrets = excess = kl = torch.zeros_like(lambdas)
-    if len(games) > 1 and not warm:
+    if deviating:
         estimate, regrets, kl, more = deviate(
             nets["agents"], policies, batch, games[1:], values, env, seen["agents"], run, args
         )
@@ -563,11 +588,8 @@ def search(nets, optimizers, lambdas, values, env, seen, games: list[Batch], run
         correction = ((run["adversarial"] * run["beta"])[:, None] * weight).flatten()[:, None] * estimate
     pairs = itertools.product(range(2), range(3))
     tables = [torch.stack([score_table(env, b, i, r, runs) for b, runs in joint]).mean(0) for i, r in pairs]
-    adversarial = run["adversarial"][:, None, None]
-    weights = torch.eye(2, device=weight.device) * weight[:, None]  # [S, 2, 2], of agent i and the reward of agent j
-    if args.cross_terms:
-        weights = torch.where(adversarial > 0, weight[:, None].expand(-1, 2, -1), weights)
-    weights = torch.cat((weights, -adversarial.expand(-1, 2, 1)), 2)  # [S, 2, 3]
+    counts = torch.eye(2, device=weight.device).maximum(run["cross_terms"][:, None, None])  # [S, 2, 2], reward j for i
+    weights = torch.cat((counts * weight[:, None], -run["adversarial"][:, None, None].expand(-1, 2, 1)), 2)  # [S, 2, 3]
     scores = (weights[..., None, None] * torch.stack(tables, 1).unflatten(1, (2, 3))).sum(2)  # [S, 2, X, A]
     visits = torch.stack([b["visits"][runs] for b, runs in joint]).mean(0)
     entropy = ascend(nets["agents"], optimizers["agents"], scores, visits, seen["agents"], correction, args)
@@ -575,6 +597,7 @@ def search(nets, optimizers, lambdas, values, env, seen, games: list[Batch], run
         values = follow(values, batch, runs, args.value_rate)
     mean = torch.stack([b["mean"][runs] for b, runs in joint]).mean(0)
     metrics = {f"charts/{name}_reward": mean[:, k] for k, name in enumerate(env.agents)}
+    metrics["charts/episodic_return"] = env.horizon * mean[:, 2]
     metrics |= {"ermas/lambda_row": lambdas[:, 0], "ermas/lambda_column": lambdas[:, 1]}
     metrics |= {"ermas/local_regret_row": regrets[:, 0], "ermas/local_regret_column": regrets[:, 1]}
     metrics |= {"ermas/deviation_kl": kl.amax(1), "losses/entropy": entropy.mean(1)}
@@ -598,7 +621,8 @@ def play_tests(env, planner: MLP, args: Args) -> tuple[Tensor, Tensor]:
     S runs: exact values of the final policies [S, Q, 3] and what an agent could still gain [S, Q, 2], per step."""
     S, Q = len(planner.flat), len(args.eval_q)
     q = torch.tensor(args.eval_q, dtype=env.dtype, device=env.device).repeat_interleave(S)  # runs are [Q, S]
-    run = {"q": q, "adversarial": torch.zeros_like(q), "risk": q < -math.inf}
+    zero = torch.zeros_like(q)
+    run = {"q": q, "adversarial": zero, "cross_terms": zero, "risk": zero.bool()}
     nets = {"planner": MLP(planner.flat.detach().repeat(Q, 1), planner.sizes)}
     nets["agents"] = make_policies(env, [0, 1], Q * S // args.num_seeds, "test", args)
     optimizers = {"agents": torch.optim.Adam([nets["agents"].flat], args.learning_rate, fused=True)}
@@ -608,7 +632,7 @@ def play_tests(env, planner: MLP, args: Args) -> tuple[Tensor, Tensor]:
     for iteration in tqdm(range(args.eval_iterations), desc="test games", disable=None, leave=False):
         anneal(optimizers, iteration / args.eval_iterations, args)
         games = [draw_games(env, generators, args)]
-        _, values, _ = search(nets, optimizers, lambdas, values, env, seen, games, run, args, warm=False)
+        _, values, _ = search(nets, optimizers, lambdas, values, env, seen, games, run, args, deviating=False)
     policies = joint_policy(nets, seen, args)
     value, regret = bimatrix.exact_value(env, policies, q=q), bimatrix.regret(env, policies, q=q)[:, :2]
     return value.unflatten(0, (Q, S)).transpose(0, 1), regret.unflatten(0, (Q, S)).transpose(0, 1)
@@ -671,21 +695,21 @@ def interval(values: np.ndarray) -> np.ndarray:
 def print_tables(results: list[dict], tests: list[dict], args: Args) -> None:
     """Mean and 95% interval over seeds for each setting."""
 
-    def cells(values: np.ndarray) -> str:
-        return "".join(f"{f'{m:.3f} ± {h:.3f}':20}" for m, h in zip(values.mean(0), interval(values)))
+    def cells(values: np.ndarray, digits: int = 3) -> str:
+        pairs = zip(values.mean(0), interval(values))
+        return "".join(f"{f'{mean:.{digits}f} ± {half:.{digits}f}':16}" for mean, half in pairs)
 
     columns = {"planner reward": "eval/planner_reward", "agent reward": "eval/agent_reward"}
     columns |= {"exact regret": "ermas/exact_regret", "local regret": "ermas/local_regret", "lambda": "ermas/lambda"}
     print(f"\n{args.env_id}, per step: mean and 95% interval over {args.num_seeds} seeds; agents: mean of both")
-    print(f"{'':34s}" + "".join(f"{name:20s}" for name in columns))
+    print(f"{'':34s}" + "".join(f"{name:16s}" for name in columns))
     for name, group in by_setting(results, args).items():
         print(f"  {name:32s}" + "".join(cells(group[key]) for key in columns.values()))
-    groups = by_setting(tests, args)
-    if groups:
+    if tests:
         print("\nReward of the planner when new agents learn against it, by Q of the test game")
-        print(f"{'':10s}" + "".join(f"{name[:19]:20s}" for name in groups))
-    for c, q in enumerate(args.eval_q if groups else ()):
-        print(f"  {q:<8g}" + "".join(cells(group["planner_reward"][:, c : c + 1]) for group in groups.values()))
+        print(f"{'':34s}" + "".join(f"Q = {q:<12g}" for q in args.eval_q))
+    for name, group in by_setting(tests, args).items():
+        print(f"  {name:32s}" + cells(group["planner_reward"], 2))
 
 
 def plot(results: list[dict], tests: list[dict], env, args: Args, run_dir: Path) -> None:
@@ -719,7 +743,8 @@ def plot_rewards(axis, results: list[dict], args: Args, **_) -> None:
     styles = {}
     for group in by_setting(results, args).values():
         x, y, fixed = group["eval/agent_reward"], group["eval/planner_reward"], group["fixed_lambda"].any()
-        kind = "fixed lambda" if fixed else "epsilon" if group["method"][0, 0] == "ermas" else group["method"][0, 0]
+        method, shared = group["method"][0, 0], ", shared rewards" * bool(group["cross_terms"].any())
+        kind = ("fixed lambda" if fixed else "epsilon" if method == "ermas" else method) + shared
         if args.figure and (group["beta"] != args.beta[0]).any():
             continue
         new = kind not in styles
@@ -727,8 +752,8 @@ def plot_rewards(axis, results: list[dict], args: Args, **_) -> None:
         axis.errorbar(
             x.mean(), y.mean(), y.std(), x.std(), marker="o", capsize=2, color=color, label=kind if new else None
         )
-        name = {"fixed lambda": "lambda_init", "epsilon": "epsilon"}.get(kind)
-        if name:
+        name = "lambda_init" if fixed else "epsilon"
+        if method == "ermas" and not (fixed and shared):  # those lie on top of each other
             place = {"xytext": (-16, -10) if fixed else (4, 4), "textcoords": "offset points", "fontsize": 8}
             axis.annotate(f"{group[name][0, 0]:g}", (x.mean(), y.mean()), **place)
     axis.set(xlabel="mean reward of both agents", ylabel="reward of the planner", title="rewards per step")
@@ -911,7 +936,7 @@ def setup(args: Args) -> torch.device:
 
 def build_env(args: Args, num_envs: int, device: torch.device):
     """The game that the flags describe, at Q = 0: each run's own Q is in `make_run`."""
-    fields = {"horizon": args.horizon}
+    fields = {"horizon": args.horizon, "num_moves": args.num_moves}
     if args.payoffs:
         try:
             fields["payoffs"] = torch.tensor(json.loads(Path(args.payoffs).read_text()), dtype=torch.float64)
@@ -930,6 +955,7 @@ def make_run(env, args: Args) -> Batch:
     columns = {"q": [label["q_train"] for label in labels], "adversarial": ermas}
     columns |= {name: [label[name] for label in labels] for name in ("epsilon", "beta")}
     columns["lambda_init"] = [label["lambda_init"] if e else 1.0 for label, e in zip(labels, ermas)]
+    columns["cross_terms"] = [e and label["cross_terms"] for label, e in zip(labels, ermas)]
     columns["learns_lambda"] = [e and not label["fixed_lambda"] for label, e in zip(labels, ermas)]
     columns["randomized"] = [label["method"] == "domain-randomization" for label in labels]
     run = {name: torch.tensor(values, dtype=env.dtype, device=env.device) for name, values in columns.items()}
@@ -975,16 +1001,15 @@ def train(env, nets, optimizers, run: Batch, args: Args, run_dir: Path, wandb_ru
     labels, seen, log_path = run_labels(args), make_features(env, args), run_dir / "metrics.csv"
     S, acts, methods = len(labels), env.max_incentive is not None, {label["method"] for label in labels}
     randomized = "domain-randomization" in methods
-    num_batches = 1 + args.inner_steps * ("ermas" in methods)
 
     def steps(iterations: int) -> int:
         """Environment steps of a run."""
-        games = iterations * args.search_steps
-        after = max(0, iterations - args.warmup_steps) * (3 * (num_batches - 1) * args.search_steps + acts)
-        return (games + after) * args.num_envs * env.horizon
+        warm, deviations = min(iterations, args.warmup_steps), 2 * args.inner_steps * ("ermas" in methods)
+        batches = iterations * (1 + args.inner_steps) + (iterations - warm) * deviations
+        return (args.search_steps * batches + acts * (iterations - warm)) * args.num_envs * env.horizon
 
-    names = ("games", "randomization")
-    streams = {name: make_generators(args.seed, args.num_seeds, name, env.device, RANK) for name in names}
+    ranks = {"games": RANK, "randomization": 0}  # the noise on rewards is the same in all processes
+    streams = {n: make_generators(args.seed, args.num_seeds, n, env.device, rank) for n, rank in ranks.items()}
     lambdas, noise = run["lambda_init"][:, None].repeat(1, 2), torch.zeros(0, device=env.device)
     values = torch.zeros(S, 3, env.horizon, env.num_states, dtype=env.dtype, device=env.device)
     iteration, sums, count, row = 0, {}, 0, {}  # sums of metrics over `count` iterations since the last log
@@ -1004,14 +1029,15 @@ def train(env, nets, optimizers, run: Batch, args: Args, run_dir: Path, wandb_ru
     while not is_over:
         anneal(optimizers, iteration / args.num_iterations, args)
         warm = iteration < args.warmup_steps
+        deviating = "ermas" in methods and not warm
         for k in range(args.search_steps):
             if randomized and (iteration * args.search_steps + k) % args.randomize_interval == 0:
                 shape = (2, env.num_states, env.num_moves**2)
                 noise = (2 * draw(torch.rand, shape, streams["randomization"]) - 1).repeat(S // args.num_seeds, 1, 1, 1)
                 noise = noise * run["randomized"][:, None, None, None]
             run |= {"noise": noise} if randomized else {}
-            games = [draw_games(env, streams["games"], args) for _ in range(num_batches)]
-            lambdas, values, metrics = search(nets, optimizers, lambdas, values, env, seen, games, run, args, warm)
+            games = [draw_games(env, streams["games"], args) for _ in range(1 + args.inner_steps)]
+            lambdas, values, metrics = search(nets, optimizers, lambdas, values, env, seen, games, run, args, deviating)
         if acts and not warm:
             plan(nets, optimizers, values, env, seen, draw_games(env, streams["games"], args), run, args)
         sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}

@@ -322,7 +322,7 @@ def bench_games(timing: Timing, num_runs: int = 80, out: Path = RESULTS / "speed
 
     def training() -> None:
         games = [ermas_bimatrix.draw_games(env, streams, args) for _ in range(1 + args.inner_steps)]
-        ermas_bimatrix.search(nets, optimizers, lambdas, values, env, seen, games, run, args, warm=False)
+        ermas_bimatrix.search(nets, optimizers, lambdas, values, env, seen, games, run, args, deviating=True)
         ermas_bimatrix.plan(nets, optimizers, values, env, seen, games[0], run, args)
 
     rng, transition, rewards = np.random.default_rng(0), env.transition.cpu().numpy(), env.rewards.cpu().numpy()

@@ -380,7 +380,7 @@ def test_no_regret_in_equilibrium():
 def search(w, lambdas, games, warm=False):
     """(the direction in which the agents go up [S, 2, K], lambdas afterwards, metrics)"""
     lambdas, _, metrics = script.search(
-        w.nets, w.optimizers, lambdas, w.values, w.env, w.seen, games, w.run, w.args, warm
+        w.nets, w.optimizers, lambdas, w.values, w.env, w.seen, games, w.run, w.args, len(games) > 1 and not warm
     )
     return -w.nets["agents"].flat.grad.unflatten(0, (w.S, 2)), lambdas, metrics
 
@@ -463,7 +463,7 @@ def test_warm_up_has_no_deviations_and_lambda_0():
     games, lambdas = games_of(w, 3), w.run["lambda_init"][:, None].repeat(1, 2)
     direction, _, metrics = search(w, lambdas, games, warm=True)
     w.run["beta"][:] = 0
-    torch.testing.assert_close(direction, search(w, lambdas, games[:1])[0])
+    torch.testing.assert_close(direction, search(w, lambdas, games)[0])  # the joint policy's games are the same
     assert not metrics["ermas/local_regret_row"].any() and not metrics["ermas/deviation_kl"].any()
 
 
@@ -754,7 +754,7 @@ def test_test_games_are_learned_and_valued_exactly():
     assert torch.allclose(values[0][:, 0, :2], values[3][:, 0, :2], atol=0.02)
 
 
-@pytest.mark.parametrize("figure, settings", [("3", 9), ("4", 22), ("5", 5)])
+@pytest.mark.parametrize("figure, settings", [("3", 9), ("4", 30), ("5", 5)])
 def test_figures(monkeypatch, capsys, tmp_path, figure, settings):
     options = dict(figure=figure, num_seeds=2, num_iterations=3, log_interval=1)
     main_here(monkeypatch, f"--runs-dir={tmp_path}", *flags_of(**options))
@@ -762,7 +762,7 @@ def test_figures(monkeypatch, capsys, tmp_path, figure, settings):
     game = AUGMENTED if figure == "5" else REPEATED
     assert json.loads((folder / "args.json").read_text())["env_id"] == game and game in capsys.readouterr().out
     results = rows_of(folder / "results.csv")
-    names = list(results[0])[:6]
+    names = list(results[0])[:7]
     assert len({tuple(row[name] for name in names) for row in results}) == settings and len(results) == 2 * settings
     assert len(rows_of(folder / "test_games.csv")) == (2 * 2 * settings if figure == "5" else 0)
     assert (folder / "report.png").stat().st_size > 10_000
@@ -848,7 +848,7 @@ def test_bad_value_is_one_line_that_names_the_flag(monkeypatch, capsys, name, va
 def test_every_number_has_a_bad_value():
     values = {name: value[0] if isinstance(value, tuple) else value for name, value in Args().__dict__.items()}
     numbers = {name for name, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)}
-    assert numbers == BAD_VALUES.keys()
+    assert numbers - {"num_moves"} == BAD_VALUES.keys()  # 2 or 3, as tyro says
 
 
 def test_unknown_names_and_combinations(monkeypatch, capsys, tmp_path):
