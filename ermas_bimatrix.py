@@ -110,7 +110,7 @@ class Args:
 
     method: tuple[Literal["ermas", "marl", "domain-randomization", "risk"], ...] = ("ermas", "marl")
     """ermas; everybody for itself; the same with noise on the agents' rewards; the same with log planner reward"""
-    epsilon: tuple[float, ...] = (0.1,)
+    epsilon: tuple[float, ...] = (0.2,)
     """slack on an agent's regret, per step; several values train side by side, as do methods and the next flags"""
     beta: tuple[float, ...] = (0.4,)
     """weight of the meta-gradient (Eq. 15)"""
@@ -702,14 +702,14 @@ def print_tables(results: list[dict], tests: list[dict], args: Args) -> None:
     columns = {"planner reward": "eval/planner_reward", "agent reward": "eval/agent_reward"}
     columns |= {"exact regret": "ermas/exact_regret", "local regret": "ermas/local_regret", "lambda": "ermas/lambda"}
     print(f"\n{args.env_id}, per step: mean and 95% interval over {args.num_seeds} seeds; agents: mean of both")
-    print(f"{'':34s}" + "".join(f"{name:16s}" for name in columns))
+    print(f"{'':36s}" + "".join(f"{name:16s}" for name in columns))
     for name, group in by_setting(results, args).items():
-        print(f"  {name:32s}" + "".join(cells(group[key]) for key in columns.values()))
+        print(f"  {name:34s}" + "".join(cells(group[key]) for key in columns.values()))
     if tests:
         print("\nReward of the planner when new agents learn against it, by Q of the test game")
-        print(f"{'':34s}" + "".join(f"Q = {q:<12g}" for q in args.eval_q))
+        print(f"{'':36s}" + "".join(f"Q = {q:<12g}" for q in args.eval_q))
     for name, group in by_setting(tests, args).items():
-        print(f"  {name:32s}" + cells(group["planner_reward"], 2))
+        print(f"  {name:34s}" + cells(group["planner_reward"], 2))
 
 
 def plot(results: list[dict], tests: list[dict], env, args: Args, run_dir: Path) -> None:

@@ -25,10 +25,7 @@ drawn beforehand, each of which gives the new state, the full observation and th
                      unrolled, without the reset that its `step` adds to every step; only the last observation is kept
 
 `train` counts seconds for 50 episodes (1,250 environment steps) of one seed of simple_spread_v3, N=3: rollout,
-sampling and one update of batch 1,024 per 100 steps, as in ernie_maddpg.py's `train`, on a warm replay buffer. Its
-last column is how often this fits into the time of shariqiqbal2810/maddpg-pytorch (40388d7, with its own environments,
-patched for torch 2.13; one thread, one seed) for the same: 1.034 s with continuous actions, 1.187 s with discrete
-ones. These two are constants, measured once on a two-core Xeon and not again here.
+sampling and one update of batch 1,024 per 100 steps, as in ernie_maddpg.py's `train`, on a warm replay buffer.
 
 `games` counts games of 16 steps in the augmented bimatrix game: `play` of ermas_bimatrix.py for 80 runs of 64 games at
 once, and the same game in numpy, one step of one game at a time, with the same tables and policies. `training` is a
@@ -63,7 +60,6 @@ import ernie_maddpg as script
 
 RESULTS = Path(__file__).parent / "results"
 T = 25  # steps of an episode
-MADDPG_PYTORCH = {True: 1.034, False: 1.187}  # seconds for 50 episodes, by continuous_actions; see above
 ENDS = ("", "_lower_quartile", "_upper_quartile")
 
 # Contestants of `env`: (N, B, device) -> a function that plays an episode of T steps in B environments
@@ -278,7 +274,7 @@ def bench_train(
     continuous_actions: bool = True,
     out: Path = RESULTS / "speed_train.csv",
 ) -> None:
-    """Seconds for 50 episodes of one of `num_seeds` that train side by side, beside maddpg-pytorch."""
+    """Seconds for 50 episodes of one of `num_seeds` that train side by side."""
     clock, rows, default = prepare(timing), [], script.Args()
     common = {"continuous_actions": continuous_actions, "cuda": timing.device != "cpu"}
     variants = {"none": {"regularizer": "none"}, "m3ddpg": {"regularizer": "none", "minimax_epsilon": 1e-3}}
@@ -291,13 +287,12 @@ def bench_train(
         replay, device = {}, script.setup(script.Args(**common))
         jobs = {name: training(replay, S, device, **common, **options) for name, options in variants.items()}
         times = interleave(jobs, timing, clock)
-        print(f"\n{f'seeds: {S}':31} {'s/50 episodes/seed':26} {'times `none`':26} maddpg-pytorch is times")
+        print(f"\n{f'seeds: {S}':31} {'s/50 episodes/seed':26} times `none`")
         for name, values in times.items():
             row = {"device": timing.device, "num_seeds": S, "continuous_actions": continuous_actions, "name": name}
             row |= {"repeats": len(values)} | quartiles("seconds", 50 / default.num_envs / S * values)
             row |= quartiles("times_none", values / times["none"])
-            row["maddpg_pytorch_is_times"] = MADDPG_PYTORCH[continuous_actions] / row["seconds"]
-            print(f"{name:31}", text(row, "seconds"), text(row, "times_none"), f"{row['maddpg_pytorch_is_times']:.1f}")
+            print(f"{name:31}", text(row, "seconds"), text(row, "times_none"))
             rows.append(row)
     write_csv(out, rows)
 
