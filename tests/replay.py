@@ -1,13 +1,14 @@
 """Replay recorded trajectories of the original simulators against our environments.
 
-    python tests/replay.py KIND FOLDER      KIND: particle
+    python tests/replay.py KIND FOLDER      KIND: particle, traffic
 
-Every .npz file in FOLDER must have the format described in tests/data/KIND/README.md. One line per file: the largest
-error of each quantity and its tolerance. Exit code 0: all within tolerance; 1: some above, or a file that cannot be
-read; 2: wrong usage.
+Every recording in FOLDER (.npz of particle, .json of traffic) must have a format that tests/data/KIND/README.md
+describes. One line per file: the largest error of each quantity and its tolerance. Exit code 0: all within tolerance;
+1: some above, or a file that cannot be read; 2: wrong usage.
 """
 
 import json
+import math
 import pathlib
 import sys
 
@@ -17,15 +18,15 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT.parent))
 
-from envs import particle  # noqa: E402  (the repository's root must be on the path first)
+from envs import particle, traffic  # noqa: E402  (the repository's root must be on the path first)
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 def load_index(kind: str, folder: pathlib.Path) -> dict:
-    """The folder's own index.json, or the one that comes with the tests."""
-    path = folder / "index.json"
-    return json.loads((path if path.exists() else ROOT / "data" / kind / "index.json").read_text())
+    """The folder's own index.json, or the one that comes with the tests; traffic has none."""
+    paths = (folder / "index.json", ROOT / "data" / kind / "index.json")
+    return next((json.loads(path.read_text()) for path in paths if path.exists()), {})
 
 
 def replay_particle(path: pathlib.Path, index: dict) -> dict[str, tuple[float, float]]:
@@ -110,7 +111,210 @@ def run_particle(env: particle.ParticleEnv, data, forced: bool) -> dict[str, flo
     return errors
 
 
-REPLAYS = {"particle": replay_particle}  # one function per kind: (file, index) -> {quantity: (error, tolerance)}
+# --------------------------------------------------------------------------------------------------------- traffic
+
+FIXED = {"dtype": torch.float64, "sigma": 0.0, "speed_dev": 0.0}  # drivers of the deterministic recordings
+ASPECT = {"r": traffic.RED, "y": traffic.AMBER, "G": traffic.GREEN, "g": traffic.GREEN}
+WITHIN = {"krauss": 0.05, "idm": 0.10}  # relative tolerance of macroscopic means
+SEEDS = 20  # environments per macroscopic run
+
+
+def replay_traffic(path: pathlib.Path, index: dict) -> dict[str, tuple[float, float]]:
+    """{quantity: (largest error, tolerance)} of the three formats: micro, deterministic network, macroscopic."""
+    data = json.loads(path.read_text())
+    if isinstance(data, list):
+        return merge([traffic_micro(trace) for trace in data])
+    if isinstance(data["runs"], list):
+        return merge([traffic_network(run, data["meta"]) for run in data["runs"]])
+    return traffic_macro(data["runs"], data["meta"])
+
+
+def merge(parts: list[dict[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    """The largest error of each quantity; errors of one quantity share a tolerance."""
+    if not parts:
+        raise ValueError("no recordings")
+    errors = {}
+    for part in parts:
+        for name, (error, tolerance) in part.items():
+            errors[name] = (worst(error, errors.get(name, (0.0,))[0]), tolerance)
+    return errors
+
+
+def worst(*errors: float) -> float:
+    """The largest, where what is not a number is infinite: Python's max may lose it."""
+    return max(math.inf if math.isnan(error) else error for error in errors)
+
+
+def car_following(name: str) -> str:
+    model = name.split()[0].lower()
+    if model not in WITHIN:
+        raise ValueError(f"car-following must be Krauss or IDM, got {name!r}")
+    return model
+
+
+def street_edges(rows: int, cols: int) -> list[list[str]]:
+    """SUMO's names of the edges of each street, as it drives."""
+    south = [[f"left{rows - i}_{c}" for i in range(rows + 1)] for c in range(cols)]
+    north = [[f"right{i}_{c}" for i in range(rows + 1)] for c in range(cols)]
+    east = [[f"bot{r}_{i}" for i in range(cols + 1)] for r in range(rows)]
+    west = [[f"top{r}_{cols - i}" for i in range(cols + 1)] for r in range(rows)]
+    return [*south, *north, *east, *west]
+
+
+def traffic_micro(trace: dict) -> dict[str, tuple[float, float]]:
+    """Cars on the eastbound street of one junction, or of two where the cars name their edges; front first."""
+    signal = trace["signal"] if isinstance(trace["signal"], dict) else {"center0": trace["signal"]}
+    vtype, cols = trace["vtype"], len(signal)
+    model = car_following(vtype["carFollowModel"])
+    names = {"speed": "maxSpeed", "accel": "accel", "decel": "decel", "tau": "tau", "min_gap": "minGap"}
+    fields = {name: float(vtype[key]) for name, key in {**names, "car_length": "length"}.items()} | FIXED
+    fields |= {
+        "lengths": trace["edge_length"],
+        "junction": trace["internal_length"],
+        "speed_limit": trace["speed_limit"],
+    }
+    env = traffic.make(
+        "traffic_grid_v0", 1, rows=1, cols=cols, flow=0.0, depart="max", initial_cars=False, model=model, **fields
+    )
+    street = 2 * cols
+    starts = dict(zip(street_edges(1, cols)[street], env.begin[:, street, 0, 0].clamp_min(0).tolist()))
+    cars = trace["vehicles"]
+    position = torch.full((1, env.num_streets, len(cars)), torch.nan, dtype=torch.float64)
+    speed = torch.zeros_like(position)
+    for i, car in enumerate(cars):
+        position[0, street, i] = car["depart_pos"] + starts[car.get("edge", "bot0_0")]
+        speed[0, street, i] = float(car["depart_speed"])
+    state, t = env.make_state(position, speed), 1  # cars do not move in the second in which they are placed
+    errors = {"position": 0.0, "speed": 0.0}
+    for time, car, _, _, route_pos, v in sorted(trace["rows"]):
+        while t < time:
+            aspect = torch.full((cols + 1, env.num_streets, 1), float(traffic.GREEN), dtype=torch.float64)
+            for i, name in enumerate(sorted(signal)):
+                shown = [letters for since, letters in signal[name] if since <= t][-1]
+                aspect[i, street] = ASPECT[shown[3]]  # N, E, S, W: eastbound cars come from the west
+            state, t = env.advance(state, aspect), t + 1
+        for name, ours, recorded in (("position", state.position, route_pos), ("speed", state.speed, v)):
+            errors[name] = worst(errors[name], abs(ours[street, car, 0].item() - recorded))
+    tolerance = {"krauss": 1e-3, "idm": 2e-3}[model]
+    return {f"{model} {name}": (error, tolerance) for name, error in errors.items()}
+
+
+def switches(cycle: torch.Tensor, t: int) -> torch.Tensor:
+    """Do lights with these cycles, in phase, turn yellow in the second after t?"""
+    half = cycle // 2
+    return (t % half == half - traffic.YELLOW).long()
+
+
+def traffic_network(run: dict, meta: dict) -> dict[str, tuple[float, float]]:
+    """A deterministic network, second by second. Cars that wait for crossing traffic are not modelled; that shows in
+    cycles below 40 s, whose tolerance is wider."""
+    rows, cols, limit = run.get("rows", 2), run.get("cols", 2), float(run["speed_limit"])
+    depart = run["depart_speed"]
+    speed, how = (limit, "max") if depart == "max" else (float(depart), "fixed")
+    model, size = car_following(meta["car_following"]), {"rows": rows, "cols": cols, "initial_cars": False}
+    fields = {"flow": run["inflow"], "speed": speed, "speed_limit": limit, "depart": how} | size | FIXED
+    env = traffic.make("traffic_grid_v0", 1, model=model, **fields)
+    place = {name: (e, k) for k, edges in enumerate(street_edges(rows, cols)) for e, name in enumerate(edges)}
+    e, k = torch.tensor([place[name] for name in run["edges"]]).T
+    state, steps = env.make_state(), len(run["count"])
+    ours = {name: [] for name in ("count", "halting", "speed_sum", "arrived", "pending")}
+    departures, cycle = {}, torch.tensor(run["cycle_s"])
+    for t in range(steps):
+        before = state
+        action = switches(cycle, t).expand(1, env.num_agents)
+        state, *_ = env.step(state, action)
+        on = (state.position > env.begin) & (state.position <= env.end)
+        ours["count"].append(traffic.count(on)[e, k, 0])
+        ours["halting"].append(traffic.count(on & (state.speed < 0.1))[e, k, 0])
+        ours["speed_sum"].append(torch.where(on, state.speed, 0).sum(2)[e, k, 0])
+        ours["arrived"].append((state.left - before.left).sum())
+        ours["pending"].append(env.backlog(state).sum())
+        for street in (state.entered - before.entered)[:, 0].nonzero()[:, 0].tolist():
+            car, newest = before.entered[street, 0].item(), int(before.tail[street, 0])
+            departures[f"f{street}.{car}"] = (t + 1, state.speed[street, newest, 0].item())
+    errors = {}
+    for name, values in ours.items():
+        recorded = torch.tensor(run[name], dtype=torch.float64)
+        values = torch.stack(values).double()
+        if run["cycle_s"] < 40:
+            error = (values.sum() - recorded.sum()).abs() / recorded.sum().clamp_min(1)
+            errors[f"total {name}, cycles below 40 s"] = (error.item(), 0.05)
+        else:
+            error = (values - recorded).abs().max()
+            errors[name] = (error.item(), 0.02 if name == "speed_sum" else 0.0)
+    recorded = {name: (t, v) for t, name, v in run["departures"]}
+    if recorded.keys() != departures.keys():
+        raise ValueError(f"{len(departures)} cars enter, {len(recorded)} are recorded, or others")
+    late = worst(*(abs(departures[name][0] - t) for name, (t, _) in recorded.items()))
+    fast = worst(*(abs(departures[name][1] - v) for name, (_, v) in recorded.items()))
+    return errors | {"entry time": (float(late), 0.0), "entry speed": (fast, 0.01)}
+
+
+def traffic_macro(runs: dict, meta: dict) -> dict[str, tuple[float, float]]:
+    """Means over the second half of each run. The error is relative (to 1 at least); it is 0 where the difference lies
+    within the 95% interval of both samples' means."""
+    model = car_following(meta["car_following"])
+    groups = {}
+    for name, run in runs.items():
+        groups.setdefault((run.get("rows", 2), run.get("cols", 2), run["minutes"]), []).append(run)
+    errors = {}
+    for (rows, cols, minutes), group in groups.items():
+        means = simulate_macro(model, rows, cols, minutes, group, meta)
+        for i, run in enumerate(group):
+            for name, (recorded, std) in run["second_half"].items():
+                ours = means[name][i * SEEDS : (i + 1) * SEEDS]
+                difference = abs(ours.mean().item() - recorded)
+                interval = 1.96 * (std**2 / run["n_seeds"] + ours.var().item() / SEEDS) ** 0.5
+                error = 0.0 if difference <= interval else difference / max(abs(recorded), 1.0)
+                # braking at exactly 4.5 m/s^2 counts or not by the last digit
+                tolerance = 0.25 if name == "r_emergency" else WITHIN[model]
+                errors[name] = (worst(error, errors.get(name, (0.0,))[0]), tolerance)
+    return errors
+
+
+def simulate_macro(model: str, rows: int, cols: int, minutes: int, runs: list, meta: dict) -> dict[str, torch.Tensor]:
+    """Means per environment over the second half of the time, SEEDS environments for each run, side by side."""
+
+    def each(values):
+        return torch.tensor(values, dtype=torch.float64).repeat_interleave(SEEDS, 0)
+
+    speed = each([float(run.get("speed", meta.get("speed_limit", 35.0))) for run in runs])
+    standing = "standing" in meta["inflow"]
+    fields = {"flow": each([run["inflow"] for run in runs]), "speed": speed, "speed_limit": speed}
+    fields |= {"depart": "max" if "departSpeed max" in meta["inflow"] else "fixed", "initial_cars": standing}
+    env = traffic.make("traffic_grid_v0", len(runs) * SEEDS, rows=rows, cols=cols, model=model, **fields)
+    step = torch.compile(env.step, fullgraph=True)
+    generators = [torch.Generator().manual_seed(0)]
+    state, _ = env.reset(generators)
+    cycle = each([run["cycle_s"] for run in runs]).long()[:, None]
+    means = {}
+    late = int(standing)  # there the standing cars come in the recording's first second, with which our time starts
+    for t in range(late, 60 * minutes):
+        action = switches(cycle, t).expand(-1, env.num_agents)
+        state, obs, reward, _, _, info = step(state, action, env.draw(generators))
+        if t < 30 * minutes:
+            continue
+        incoming = (state.position > env.begin[:-1]) & (state.position <= env.line)
+        values = {
+            "halting": (incoming & (state.speed < 0.1)).sum((0, 1, 2)),
+            "queue_v1": obs[..., :4].sum((1, 2)),
+            "waiting_time": (obs[..., 4:8] * obs[..., 12:16]).sum((1, 2)),
+            "vehicles": info["vehicles"],
+            "pending": info["backlog"],
+            "departed": 60 * info["entered"],
+            "arrived": 60 * info["left"],
+            "mean_speed": state.speed.sum((0, 1)) / info["vehicles"].clamp_min(1),
+            "reward": reward.sum(1),
+        } | {f"r_{name}": info[name].sum(1) for name in traffic.TERMS}
+        for name, value in values.items():
+            means[name] = means.get(name, 0.0) + value.double() / (30 * minutes)
+    if state.overflow.any():
+        raise ValueError("streets overflowed")
+    return means
+
+
+# (function, files) per kind: function(file, index) -> {quantity: (error, tolerance)}
+REPLAYS = {"particle": (replay_particle, "*.npz"), "traffic": (replay_traffic, "*.json")}
 
 
 def main(arguments: list[str]) -> int:
@@ -118,9 +322,10 @@ def main(arguments: list[str]) -> int:
         print(f"usage: python tests/replay.py KIND FOLDER with KIND one of {', '.join(REPLAYS)}", file=sys.stderr)
         return 2
     kind, folder = arguments[0], pathlib.Path(arguments[1])
-    files = sorted(folder.glob("*.npz"))
+    function, pattern = REPLAYS[kind]
+    files = sorted(path for path in folder.glob(pattern) if path.name != "index.json")
     if not files:
-        print(f"{folder} has no .npz files", file=sys.stderr)
+        print(f"{folder} has no {pattern} files", file=sys.stderr)
         return 2
     try:
         index = load_index(kind, folder)
@@ -130,7 +335,7 @@ def main(arguments: list[str]) -> int:
     failed = 0
     for path in files:
         try:
-            errors = REPLAYS[kind](path, index)
+            errors = function(path, index)
         except Exception as error:  # noqa: BLE001 (whatever is wrong with a file, the others are still replayed)
             print(f"FAIL {path.name}: cannot be replayed: {type(error).__name__}: {error}")
             failed += 1
