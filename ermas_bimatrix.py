@@ -129,8 +129,7 @@ class Args:
     lambda_max: float = 20.0
     """upper bound of lambda"""
     cross_terms: bool = False
-    """agents share rewards: -r_r + sum_j lambda_j r_j for all (Algorithm 2) instead of their own term (Eq. 11); then
-    lambda does not hold the regret where helping the other costs one's own reward, as in the default game"""
+    """agents share rewards, -r_r + sum_j lambda_j r_j (Algorithm 2), not each its own (Eq. 11): holds no regret here"""
     inner_steps: int = 3
     """M = n_inner, trust-region steps of a deviation"""
     rho: float = 8.0
