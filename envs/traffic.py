@@ -200,7 +200,8 @@ class Traffic:
         begin, end, line = torch.full((3, M + 1, K), -1.0, dtype=torch.float64)  # empty where a street is shorter
         route, light = torch.zeros(K, dtype=torch.float64), torch.zeros(M + 1, K, dtype=torch.int64)
         for k, (chain, edges) in enumerate(zip(chains, lengths)):
-            stops = torch.tensor(edges, dtype=torch.float64).cumsum(0) + self.junction * torch.arange(len(edges))
+            junctions = self.junction * torch.arange(len(edges), dtype=torch.float64)
+            stops = torch.tensor(edges, dtype=torch.float64).cumsum(0) + junctions
             end[: len(edges), k], route[k] = stops, stops[-1]
             line[: len(chain), k], begin[1 : len(edges), k] = stops[:-1], stops[:-1] + self.junction
             light[: len(chain), k] = chain
