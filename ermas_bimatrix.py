@@ -180,6 +180,9 @@ class Args:
     """updates of the new agents"""
 
     def __post_init__(self):
+        def refuse(name: str, rule: str, got):
+            raise ValueError(f"--{name.replace('_', '-')} must be {rule}, got {got!r}")
+
         lists = ("method", "epsilon", "beta", "lambda_init", "q_train", "eval_q")
         fixed = ["method", "q_train", "lambda_init", "fixed_lambda", "cross_terms"]
         fixed += ["epsilon"] * (self.figure in ("3", "4"))
@@ -212,20 +215,15 @@ class Args:
             ("resume", lambda v: v is None or not self.evaluate, "left out with --evaluate"),
         ):
             for name in names.split():
-                flag = f"--{name.replace('_', '-')}"
                 for value in values[name]:
                     if not holds(value):
-                        raise ValueError(f"{flag} must be {rule}, got {value!r}")
+                        refuse(name, rule, value)
         for name in lists:
             if len(set(values[name])) != max(1, len(values[name])):
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must be one value or more, all different, got {values[name]}"
-                )
+                refuse(name, "one value or more, all different", values[name])
         for name in fixed if self.figure else ():
             if getattr(self, name) != getattr(Args, name):
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must be left out with --figure, got {getattr(self, name)}"
-                )
+                refuse(name, "left out with --figure", getattr(self, name))
         if self.env_id == "auto":
             self.env_id = "repeated_bimatrix_v0" if self.figure in ("3", "4") else "augmented_bimatrix_v0"
 
@@ -308,6 +306,7 @@ class MLP:
 
 
 Nets = dict[str, MLP]  # agents, planner
+PLAYERS = {"agents": [0, 1], "planner": [2]}
 
 
 def init_mlp(sizes: list[int], num_agents: int, generators: Generators) -> MLP:
@@ -574,8 +573,6 @@ def search(nets, optimizers, lambdas, values, env, seen, games: list[Batch], run
     S, policies = len(lambdas), joint_policy(nets, seen, args)
     batch, correction = experience(env, policies, games[0], values, run, args), 0.0
     joint, weight = [(batch, slice(0, S))], lambdas
-    if not deviating:
-        joint += [(experience(env, policies, numbers, values, run, args), slice(0, S)) for numbers in games[1:]]
     regrets = excess = kl = torch.zeros_like(lambdas)
     if deviating:
         estimate, regrets, kl, more = deviate(
@@ -585,6 +582,8 @@ def search(nets, optimizers, lambdas, values, env, seen, games: list[Batch], run
         excess = run["learns_lambda"][:, None] * (regrets - run["epsilon"][:, None])
         weight = (lambdas + args.lambda_damping * excess).clamp(0, args.lambda_max)
         correction = ((run["adversarial"] * run["beta"])[:, None] * weight).flatten()[:, None] * estimate
+    else:
+        joint += [(experience(env, policies, numbers, values, run, args), slice(0, S)) for numbers in games[1:]]
     pairs = itertools.product(range(2), range(3))
     tables = [torch.stack([score_table(env, b, i, r, runs) for b, runs in joint]).mean(0) for i, r in pairs]
     counts = torch.eye(2, device=weight.device).maximum(run["cross_terms"][:, None, None])  # [S, 2, 2], reward j for i
@@ -623,9 +622,9 @@ def play_tests(env, planner: MLP, args: Args) -> tuple[Tensor, Tensor]:
     zero = torch.zeros_like(q)
     run = {"q": q, "adversarial": zero, "cross_terms": zero, "risk": zero.bool()}
     nets = {"planner": MLP(planner.flat.detach().repeat(Q, 1), planner.sizes)}
-    nets["agents"] = make_policies(env, [0, 1], Q * S // args.num_seeds, "test", args)
+    nets["agents"] = make_policies(env, PLAYERS["agents"], Q * S // args.num_seeds, "test", args)
     optimizers = {"agents": torch.optim.Adam([nets["agents"].flat], args.learning_rate, fused=True)}
-    generators = make_generators(args.seed, args.num_seeds, "test games", env.device, RANK)
+    generators = make_generators(args.seed, args.num_seeds, "test games", env.device)
     seen, lambdas = make_features(env, args), torch.ones(Q * S, 2, dtype=env.dtype, device=env.device)
     values = torch.zeros(Q * S, 3, env.horizon, env.num_states, dtype=env.dtype, device=env.device)
     for iteration in tqdm(range(args.eval_iterations), desc="test games", disable=None, leave=False):
@@ -962,7 +961,7 @@ def make_run(env, args: Args) -> Batch:
 
 
 def make_features(env, args: Args) -> Batch:
-    return {"agents": features(env, [0, 1], args), "planner": features(env, [2], args)}
+    return {name: features(env, players, args) for name, players in PLAYERS.items()}
 
 
 def make_policies(env, players: list[int], num_settings: int, purpose: str, args: Args) -> MLP:
@@ -972,6 +971,17 @@ def make_policies(env, players: list[int], num_settings: int, purpose: str, args
     net = init_mlp([features(env, players, args).shape[2], *hidden, outputs], len(players), generators)
     flat = net.flat.detach().unflatten(0, (args.num_seeds, -1)).repeat(num_settings, 1, 1).flatten(0, 1)
     return MLP(flat.requires_grad_(), net.sizes)
+
+
+def make_learners(env, args: Args, state: dict | None = None) -> tuple[Nets, dict[str, torch.optim.Optimizer]]:
+    """Policies of all runs, and an Adam for the agents' and one for the planners'. As in checkpoint `state`."""
+    settings = len(run_labels(args)) // args.num_seeds
+    nets = {name: make_policies(env, players, settings, name, args) for name, players in PLAYERS.items()}
+    optimizers = {name: torch.optim.Adam([net.flat], args.learning_rate, fused=True) for name, net in nets.items()}
+    for name, net in nets.items() if state is not None else ():
+        net.flat.detach().copy_(state["nets"][name])
+        optimizers[name].load_state_dict(state["optimizers"][name])
+    return nets, optimizers
 
 
 def write_video(nets: Nets, env, args: Args, run_dir: Path) -> None:
@@ -1083,13 +1093,7 @@ def main() -> None:
         env = build_env(args, 1, device)
     except ValueError as error:
         fail(str(error))
-    run, players = make_run(env, args), {"agents": [0, 1], "planner": [2]}
-    nets = {name: make_policies(env, p, len(run["q"]) // args.num_seeds, name, args) for name, p in players.items()}
-    optimizers = {name: torch.optim.Adam([net.flat], args.learning_rate, fused=True) for name, net in nets.items()}
-    if state is not None:
-        for name, net in nets.items():
-            net.flat.detach().copy_(state["nets"][name])
-            optimizers[name].load_state_dict(state["optimizers"][name])
+    run, (nets, optimizers) = make_run(env, args), make_learners(env, args, state)
     run_dir = run_dir or make_run_dir(args)
     wandb_runs = [] if args.evaluate else start_wandb(args, run_dir, run_labels(args))
     if args.evaluate:

@@ -304,9 +304,7 @@ def bench_games(timing: Timing, num_runs: int = 80, out: Path = RESULTS / "speed
     device = ermas_bimatrix.setup(args)
     env, T = ermas_bimatrix.build_env(args, 1, device), args.horizon
     run, seen = ermas_bimatrix.make_run(env, args), ermas_bimatrix.make_features(env, args)
-    players = {"agents": [0, 1], "planner": [2]}
-    nets = {name: ermas_bimatrix.make_policies(env, p, 1, name, args) for name, p in players.items()}
-    optimizers = {name: torch.optim.Adam([net.flat], fused=True) for name, net in nets.items()}
+    nets, optimizers = ermas_bimatrix.make_learners(env, args)
     ermas_bimatrix.anneal(optimizers, 0.0, args)
     lambdas, values = torch.ones(S, 2, device=device), torch.zeros(S, 3, T, env.num_states, device=device)
     streams = ermas_bimatrix.make_generators(1, S, "speed", device)

@@ -23,8 +23,6 @@ X = R * C * A1 states (i, j, a) in this order, M moves, O observation entries, T
 import dataclasses
 import itertools
 import math
-import time
-from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -34,6 +32,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from envs import print_speed
 from envs.perturb import random_actions
 
 TASKS = ("repeated_bimatrix_v0", "augmented_bimatrix_v0")
@@ -364,23 +363,6 @@ def _equaliser(block: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------- speed and pictures
 
 
-def measure(step: Callable, env: Bimatrix, seconds: float) -> float:
-    """Environment steps per second, resets included, actions drawn before."""
-    generator = torch.Generator().manual_seed(0)
-    actions = [random_actions(env, [generator]) for _ in range(5)]
-    state, _ = env.reset([generator])
-    for action in actions:  # warm up and compile
-        state, *_ = step(state, action, None)
-    steps, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        state, _ = env.reset([generator])
-        for t in range(env.horizon):
-            state, *_ = step(state, actions[t % 5], None)
-        state.index.sum().item()  # wait for the device
-        steps += env.horizon * env.num_envs
-    return steps / (time.perf_counter() - start)
-
-
 def write_gif(env: Bimatrix, path: str):
     """One episode of environment 0 with random actions."""
     generator = torch.Generator().manual_seed(0)
@@ -415,9 +397,8 @@ def main(
     torch.set_num_threads(threads)
     env = make(env_id, num_envs, device)
     print(f"{env_id}, {num_envs} environments, {threads} threads")
-    print(f"eager    {measure(env.step, env, seconds):12,.0f} env steps/s", flush=True)
-    if compile:
-        print(f"compiled {measure(torch.compile(env.step, fullgraph=True), env, seconds):12,.0f} env steps/s")
+    generator = torch.Generator().manual_seed(0)
+    print_speed(env, [random_actions(env, [generator]) for _ in range(5)], seconds, compile)
     if gif:
         write_gif(make(env_id, 1, device), gif)
         print(f"wrote {gif}")

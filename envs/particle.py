@@ -19,7 +19,6 @@ is [-1, 1]^2 and a step lasts `dt`.
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -28,6 +27,8 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from envs import print_speed
 
 POSITIVE = ("dt", "mass", "contact_margin")  # fields that must be above zero; the next may be zero
 FIELDS = (*POSITIVE, "damping", "contact_force", "max_speed_scale", "accel_scale", "local_ratio", "horizon")
@@ -661,23 +662,6 @@ def random_action(env: ParticleEnv, generator: torch.Generator) -> Tensor:
     return (uniform[..., 0] * env.action_mask.sum(1)).long() if env.discrete else uniform.to(env.dtype)
 
 
-def measure(step: Callable, env: ParticleEnv, seconds: float) -> float:
-    """Environment steps per second, resets included, actions drawn before."""
-    generator = torch.Generator().manual_seed(0)
-    actions = [random_action(env, generator) for _ in range(5)]
-    state, _ = env.reset([generator])
-    for action in actions:  # warm up and compile
-        state, *_ = step(state, action, None)
-    steps, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        state, _ = env.reset([generator])
-        for t in range(env.horizon):
-            state, *_ = step(state, actions[t % 5], None)
-        state.position.sum().item()  # wait for the device
-        steps += env.horizon * env.num_envs
-    return steps / (time.perf_counter() - start)
-
-
 def write_gif(env: ParticleEnv, path: str):
     """One episode of environment 0 with random actions, each held for five steps, so that something moves."""
     generator = torch.Generator().manual_seed(0)
@@ -719,9 +703,8 @@ def main(
     options = {"device": device, "num_agents": num_agents, "continuous_actions": not discrete}
     env = make(env_id, num_envs, **options)
     print(f"{env_id}, {env.num_agents} agents, {num_envs} environments, {threads} threads")
-    print(f"eager    {measure(env.step, env, seconds):12,.0f} env steps/s", flush=True)
-    if compile:
-        print(f"compiled {measure(torch.compile(env.step, fullgraph=True), env, seconds):12,.0f} env steps/s")
+    generator = torch.Generator().manual_seed(0)
+    print_speed(env, [random_action(env, generator) for _ in range(5)], seconds, compile)
     if gif:
         write_gif(make(env_id, 1, **options), gif)
         print(f"wrote {gif}")

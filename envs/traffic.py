@@ -83,14 +83,14 @@ def pick(mask: Tensor, values: Tensor) -> Tensor:
     return torch.where(mask, values, 0).sum(0)
 
 
+def nearest(mask: Tensor, values: Tensor) -> Tensor:
+    """The same for positions, FAR instead of 0."""
+    return torch.where(mask, values, FAR).amin(0)
+
+
 def count(mask: Tensor) -> Tensor:
     """Cars of each edge, as float: mask [M, K, N, B] -> [M, K, B]."""
     return torch.where(mask, 1.0, 0.0).sum(2)
-
-
-def nearest(mask: Tensor, values: Tensor) -> Tensor:
-    """The same for positions, or FAR."""
-    return torch.where(mask, values, FAR).amin(0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -15,12 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import ROOT, finish, only, start_script, without_speed
 
 import ermas_bimatrix as script
 from envs import bimatrix
 from ermas_bimatrix import Args
 
-ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REPEATED, AUGMENTED = bimatrix.TASKS
 SMALL = dict(num_envs=8, num_iterations=12, warmup_steps=2, num_seeds=1, horizon=6, inner_steps=2, cg_steps=4)
@@ -41,8 +40,7 @@ def world(**options) -> SimpleNamespace:
     script.setup(args)
     env = dataclasses.replace(script.build_env(args, 1, DEVICE), dtype=torch.float64)
     run, seen = script.make_run(env, args), script.make_features(env, args)
-    S, players = len(run["q"]), {"agents": [0, 1], "planner": [2]}
-    nets = {n: script.make_policies(env, p, S // args.num_seeds, n, args) for n, p in players.items()}
+    S, (nets, _) = len(run["q"]), script.make_learners(env, args)
     for net in nets.values():
         net.flat.detach().mul_(math.sqrt(net.sizes[0]))
     streams = script.make_generators(args.seed, args.num_seeds, "test", DEVICE)
@@ -547,17 +545,11 @@ def short_train(tmp_path, name, **options):
     """(networks, rows of metrics.csv) of a small run."""
     args = Args(**(SMALL | options))
     env = script.build_env(args, 1, script.setup(args))
-    run, players = script.make_run(env, args), {"agents": [0, 1], "planner": [2]}
-    nets = {n: script.make_policies(env, p, len(run["q"]) // args.num_seeds, n, args) for n, p in players.items()}
-    optimizers = {n: torch.optim.Adam([net.flat], args.learning_rate, fused=True) for n, net in nets.items()}
+    run, (nets, optimizers) = script.make_run(env, args), script.make_learners(env, args)
     folder = tmp_path / name
     folder.mkdir()
     assert script.train(env, nets, optimizers, run, args, folder, [])[1]
     return nets, list(csv.DictReader(open(folder / "metrics.csv")))
-
-
-def without_speed(rows):
-    return [{name: value for name, value in row.items() if name != "charts/SPS"} for row in rows]
 
 
 def assert_same_runs(ours, theirs):
@@ -678,26 +670,6 @@ def flags_of(**options) -> list[str]:
     return flags
 
 
-def run(*flags, **environment):
-    """The script as a user starts it."""
-    command = [sys.executable, str(ROOT / "ermas_bimatrix.py"), *map(str, flags)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
-    )
-
-
-def finish(process, code=0):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, err
-    assert "Traceback" not in err
-    return out, err
-
-
-def only(tmp_path) -> Path:
-    (folder,) = tmp_path.iterdir()
-    return folder
-
-
 def rows_of(path: Path) -> list[dict]:
     return list(csv.DictReader(open(path)))
 
@@ -710,7 +682,7 @@ def main_here(monkeypatch, *flags):
 
 def test_a_whole_run_leaves_what_it_promises(monkeypatch, tmp_path):
     options = dict(num_seeds=2, method=("ermas", "marl"), track=True, capture_video=True)
-    out, _ = finish(run(f"--runs-dir={tmp_path}", *flags_of(**options)))
+    out, _ = finish(start_script("ermas_bimatrix.py", f"--runs-dir={tmp_path}", *flags_of(**options)))
     folder = only(tmp_path)
     about = json.loads((folder / "args.json").read_text())
     assert about["versions"]["torch"] == torch.__version__ and about["method"] == ["ermas", "marl"]
@@ -775,13 +747,13 @@ LONG |= dict(method=("ermas", "domain-randomization"), randomize_interval=50)
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    finish(run(f"--runs-dir={folder}", *flags_of(**LONG)))
+    finish(start_script("ermas_bimatrix.py", f"--runs-dir={folder}", *flags_of(**LONG)))
     return only(folder)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_resumed_equals_uninterrupted(monkeypatch, tmp_path, uninterrupted, how):
-    process = run(f"--runs-dir={tmp_path}", *flags_of(**LONG))
+    process = start_script("ermas_bimatrix.py", f"--runs-dir={tmp_path}", *flags_of(**LONG))
     until = time.time() + 120
     while not list(tmp_path.glob("*/checkpoint.pt")) and time.time() < until:
         time.sleep(0.01)

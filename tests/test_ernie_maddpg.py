@@ -3,22 +3,20 @@
 import csv
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT, finish, only, start_script, without_speed
 
 import ernie_maddpg as script
 from envs import particle
 from ernie_maddpg import Args
 
-ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = dict(num_envs=4, batch_size=32, hidden_size=16, learning_starts=100, buffer_size=1000, reg_batch_size=16)
 SMALL |= dict(total_timesteps=400, log_interval=100, checkpoint_interval=200, eval_episodes=4, track=False)
@@ -309,10 +307,6 @@ def test_clipping_is_per_network():
     torch.testing.assert_close(net.flat.grad.norm(dim=1), torch.tensor([0.01 * 6**0.5, 0.5, 0.5]))
 
 
-def without_speed(rows):
-    return [{name: value for name, value in row.items() if name != "charts/SPS"} for row in rows]
-
-
 def short_train(tmp_path, name, **options):
     args = Args(**(SMALL | options))
     env = script.make_env(args, args.num_seeds * args.num_envs, DEVICE)
@@ -374,24 +368,9 @@ def test_learns_cooperative_navigation(tmp_path):
 def run(tmp_path, *flags, **environment):
     """The script as a user starts it; returns the finished process."""
     small = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items() if k != "track"]
-    command = [sys.executable, str(ROOT / "ernie_maddpg.py"), "--runs-dir", str(tmp_path), *small, *flags]
     if any(f.startswith(("--resume", "--evaluate")) for f in flags):
-        command = [sys.executable, str(ROOT / "ernie_maddpg.py"), *flags]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
-    )
-
-
-def finish(process, code=0):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, err
-    assert "Traceback" not in err
-    return out, err
-
-
-def only(tmp_path) -> Path:
-    (folder,) = tmp_path.iterdir()
-    return folder
+        return start_script("ernie_maddpg.py", *flags, **environment)
+    return start_script("ernie_maddpg.py", "--runs-dir", tmp_path, *small, *flags, **environment)
 
 
 def test_a_whole_run_leaves_what_it_promises(tmp_path):
