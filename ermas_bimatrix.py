@@ -851,7 +851,8 @@ def load_run(given: Args) -> tuple[Args, dict, Path]:
         fail(f"{path} is no readable checkpoint ({type(error).__name__}){hint}")
     args = parse_args(saved)
     free = {"resume", "evaluate", "cuda", "num_threads", "track", "wandb_mode", "wandb_project_name", "wandb_entity"}
-    free |= {"backend", "eval_episodes", "eval_q", "eval_iterations", "capture_video"} if given.evaluate else set()
+    if given.evaluate:
+        free |= {"backend", "compile", "capture_video", *(name for name in asdict(args) if name.startswith("eval_"))}
     for name, value in asdict(args).items():
         if value != getattr(saved, name) and name not in free:
             fail(f"--{name.replace('_', '-')} is read from {path} and cannot be given with --resume or --evaluate")

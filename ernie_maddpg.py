@@ -333,20 +333,27 @@ def divergence(kind: str, z: Tensor, clean: Tensor) -> Tensor:
     return (link(z) - link(clean)).square().sum(-1)
 
 
-def regularizer(mode: str, actor: MLP, obs: Tensor, z: Tensor, noise: Tensor, env, args) -> tuple[Tensor, Tensor]:
-    """R [S, N, M] of each agent at each observation and its perturbation delta [S, N, M, O], of live entries only.
-    obs, noise (standard normal) [S, N, M, O]; z [S, N, M, A] is policy(obs), shared with the actor loss.
+def perturbation_scale(obs: Tensor, env, args: Args) -> Tensor:
+    """One unit of delta in each observation entry, 0 in padding: [N, 1, O], or [S, N, 1, O] in standard deviations over
+    the samples of obs [S, N, M, O]."""
+    live = env.obs_mask[:, None].to(obs.dtype)
+    return live * obs.std(2, keepdim=True) if args.epsilon_units == "std" else live
+
+
+def regularizer(mode: str, network: Callable, obs: Tensor, z: Tensor, noise: Tensor, scale: Tensor, args):
+    """R [S, N, M] of each agent at each observation and its perturbation delta [S, N, M, O] in units of `scale`, which
+    broadcasts to obs and is 0 where nothing is perturbed. obs, noise (standard normal) [S, N, M, O]; z [S, N, M, A] is
+    network(obs), shared with the loss.
     """
-    live = env.obs_mask[:, None].to(obs.dtype)  # [N, 1, O]
-    scale = live * obs.std(2, keepdim=True) if args.epsilon_units == "std" else live
+    live = (scale > 0).to(obs.dtype)
     clean = z.detach() if args.detach_reference else z
     noise = noise * live
 
     def change(delta: Tensor) -> Tensor:
-        return divergence(args.divergence, policy(actor, obs + scale * delta, env, args), clean)
+        return divergence(args.divergence, network(obs + scale * delta), clean)
 
     if mode == "gaussian":  # appendix H; std so that E||delta|| = epsilon
-        half = env.obs_mask.sum(-1)[:, None, None].to(obs.dtype) / 2
+        half = live.sum(-1, keepdim=True) / 2
         mean_length = math.sqrt(2) * (torch.lgamma(half + 0.5) - torch.lgamma(half)).exp()
         delta = noise * (args.gaussian_std or args.epsilon / mean_length)
     elif mode == "random":
@@ -358,20 +365,22 @@ def regularizer(mode: str, actor: MLP, obs: Tensor, z: Tensor, noise: Tensor, en
     return change(delta), delta
 
 
-def diagnose(actor: MLP, obs: Tensor, noise: Tensor, env, args: Args) -> Batch:
+def diagnose(net: MLP, network: Callable, obs: Tensor, noise: Tensor, scale: Tensor, team: Tensor, args: Args) -> Batch:
     """R under attack and in a random direction, the length of the attack's delta, the share of deltas on the sphere,
-    and the leader-follower term of the Stackelberg gradient: its norm relative to the leader's, and their cosine."""
-    obs, team, gradients = obs[:, :, : noise.shape[2]], env.cooperators, []
-    z = policy(actor, obs, env, args)
+    and the leader-follower term of the Stackelberg gradient with respect to `net`, which `network` evaluates: its norm
+    relative to the leader's, and their cosine. Over the agents of `team` [N]."""
+    obs, gradients = obs[:, :, : noise.shape[2]], []
+    z = network(obs)
     for mode in ("adversarial", "stackelberg"):
-        change, delta = regularizer(mode, actor, obs, z, noise, env, args)
-        (grad,) = torch.autograd.grad((change.mean(2) * team).sum(), [actor.flat], retain_graph=True)
+        change, delta = regularizer(mode, network, obs, z, noise, scale, args)
+        (grad,) = torch.autograd.grad((change.mean(2) * team).sum(), [net.flat], retain_graph=True)
         gradients.append(grad.view(len(obs), -1))
     leader, follower = gradients[0], gradients[1] - gradients[0]
     length = torch.linalg.vector_norm(delta[:, team], math.inf if args.norm == "linf" else 2, dim=-1).detach()
+    change_at_random, _ = regularizer("random", network, obs, z, noise, scale, args)
     return {
         "ernie/attack": change[:, team].mean((1, 2)),
-        "ernie/random_direction": regularizer("random", actor, obs, z, noise, env, args)[0][:, team].mean((1, 2)),
+        "ernie/random_direction": change_at_random[:, team].mean((1, 2)),
         "ernie/perturbation_norm": length.mean((1, 2)),
         "ernie/saturation": (length >= 0.999 * args.epsilon).to(obs.dtype).mean((1, 2)),
         "ernie/interaction_ratio": follower.norm(dim=1) / leader.norm(dim=1),
@@ -502,22 +511,26 @@ def actor_loss(nets: Nets, batch: Batch, noise: Batch, env, args: Args):
     loss = policy_loss + args.policy_l2 * (z * env.action_mask[:, None]).square().mean((2, 3))
     metrics = {"losses/actor_loss": policy_loss.detach().mean(1)}
     if args.regularized:
-        part = [x[:, :, : args.reg_batch_size] for x in (obs, z)]
-        change, _ = regularizer(args.regularizer, nets["actor"], *part, noise["perturbation"], env, args)
+        part, network = (
+            [x[:, :, : args.reg_batch_size] for x in (obs, z)],
+            partial(policy, nets["actor"], env=env, args=args),
+        )
+        scale = perturbation_scale(part[0], env, args)
+        change, _ = regularizer(args.regularizer, network, *part, noise["perturbation"], scale, args)
         change = change.mean(-1) * env.cooperators  # [S, N]
         loss = loss + args.reg_coef * change
         metrics["ernie/regularizer"] = change.detach().sum(1) / env.cooperators.sum()
     return loss.sum(), metrics
 
 
-def descend(loss: Tensor, net: MLP, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+def descend(loss: Tensor, nets: list[MLP], optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
     """One optimiser step; the gradient of each network of each seed is clipped on its own."""
-    (grad,) = torch.autograd.grad(loss, [net.flat])
-    if dist.is_initialized():
-        dist.all_reduce(grad)
-        grad /= dist.get_world_size()
-    norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
-    net.flat.grad = grad * (max_grad_norm / norm.clamp_min(max_grad_norm))
+    for net, grad in zip(nets, torch.autograd.grad(loss, [net.flat for net in nets])):
+        if dist.is_initialized():
+            dist.all_reduce(grad)
+            grad /= dist.get_world_size()
+        norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
+        net.flat.grad = grad * (max_grad_norm / norm.clamp_min(max_grad_norm))
     optimizer.step()
 
 
@@ -526,7 +539,7 @@ def update(nets, optimizers, losses, batch: Batch, noise: Batch, env, args: Args
     metrics = {}
     for name in ("critic", "actor"):
         loss, more = losses[name](nets, batch, noise, env, args)
-        descend(loss, nets[name], optimizers[name], args.max_grad_norm)
+        descend(loss, [nets[name]], optimizers[name], args.max_grad_norm)
         nets[name + "_target"].flat.lerp_(nets[name].flat.detach(), args.tau)  # the other loss does not see this target
         metrics |= more
     return metrics
@@ -548,9 +561,9 @@ def draw_noise(generators: Generators, env, args: Args) -> Batch:
 # Rollout and replay of whole episodes, so that between two of them a checkpoint needs no environment state
 
 
-def make_replay(env, num_seeds: int, num_episodes: int) -> Batch:
+def make_replay(env, num_seeds: int, num_episodes: int, T: int) -> Batch:
     """Of E episodes: obs [S, E, T + 1, N, O], actions [S, E, T, N, A], rewards [S, E, T, N], terminated [S, E, T]."""
-    T, N, (O, A) = env.horizon, env.num_agents, (env.obs_mask.shape[1], env.action_mask.shape[1])
+    N, (O, A) = env.num_agents, (env.obs_mask.shape[1], env.action_mask.shape[1])
     shapes = {"obs": (T + 1, N, O), "actions": (T, N, A), "rewards": (T, N), "terminated": (T,)}
     return {k: torch.zeros(num_seeds, num_episodes, *v, dtype=env.dtype, device=env.device) for k, v in shapes.items()}
 
@@ -794,7 +807,8 @@ def load_run(given: Args) -> tuple[Args, dict, Path]:
         fail(f"{path} is no readable checkpoint ({type(error).__name__}){hint}")
     args = parse_args(saved)
     free = {"resume", "evaluate", "cuda", "num_threads", "track", "wandb_mode", "wandb_project_name", "wandb_entity"}
-    free |= {"backend", "eval_episodes", "eval_q", "eval_iterations", "capture_video"} if given.evaluate else set()
+    if given.evaluate:
+        free |= {"backend", "compile", "capture_video", *(name for name in asdict(args) if name.startswith("eval_"))}
     for name, value in asdict(args).items():
         if value != getattr(saved, name) and name not in free:
             fail(f"--{name.replace('_', '-')} is read from {path} and cannot be given with --resume or --evaluate")
@@ -904,7 +918,7 @@ def train(env, nets, optimizers, args: Args, run_dir: Path, wandb_runs: list, st
     names, per_iteration = ("rollout", "replay", "noise"), args.num_envs * env.horizon
     streams = {name: make_generators(args.seed, args.num_seeds, name, env.device, RANK) for name in names}
     slots = args.buffer_size // per_iteration  # a slot is an episode of each environment
-    replay = make_replay(env, args.num_seeds, slots * args.num_envs)
+    replay = make_replay(env, args.num_seeds, slots * args.num_envs, env.horizon)
     log_path, iteration, num_updates = run_dir / "metrics.csv", 0, 0
     labels = run_labels(args)
     sums, returns, count, first = {}, 0.0, 0, 0  # of metrics, of returns, updates: since the log at iteration `first`
@@ -961,8 +975,12 @@ def train(env, nets, optimizers, args: Args, run_dir: Path, wandb_runs: list, st
             row["eval/episodic_return"] = evaluate(env, nets, args, test_streams).mean(1)
             if args.regularized:
                 obs = sample(replay, filled, args.batch_size, test_streams)["obs"].transpose(1, 2)
-                noise = draw_noise(test_streams, env, args)["perturbation"]
-                row |= diagnose(nets["actor"], obs, noise, env, args)
+                noise, network = (
+                    draw_noise(test_streams, env, args)["perturbation"],
+                    partial(policy, nets["actor"], env=env, args=args),
+                )
+                scale = perturbation_scale(obs[:, :, : noise.shape[2]], env, args)
+                row |= diagnose(nets["actor"], network, obs, noise, scale, env.cooperators, args)
             speed = args.num_seeds * per_iteration * (iteration - first) / (time.perf_counter() - started)
             row["charts/SPS"] = torch.full((args.num_seeds,), round(speed))
             if RANK == 0:

@@ -1,28 +1,92 @@
 """The papers' robustness figures, from training to picture. Each run is a Ray task, on a laptop as on a cluster.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/reproduce.py particle                       # Figures 3 and 9: return against observation noise
+    python benchmarks/reproduce.py particle                       # ERNIE, Figures 3 and 9: MADDPG, observation noise
+    python benchmarks/reproduce.py traffic                        # ERNIE, Figures 1, 2, 5 and Tables 3, 4: QCOMBO
+    python benchmarks/reproduce.py ladder --sumo                  # traffic: simple controllers, in SUMO too
+    python benchmarks/reproduce.py traffic-in-sumo                # the runs of `traffic` driven in SUMO
     python benchmarks/reproduce.py particle --ray-address auto    # the same on a Ray cluster
 
-Every method gets the same grid of (epsilon, lambda), or alpha for M3DDPG. Chosen is the point with the highest return,
-averaged over the clean environment and all strengths of Gaussian noise and of the MAD attack, on the seeds of
-`--select-seeds`; the figures come from other seeds, `--seeds`. A run that is already in `--runs-dir` is not run again.
+`particle`: every method gets the same grid of (epsilon, lambda), or alpha for M3DDPG. Chosen is the point with the
+highest return, averaged over the clean environment and all strengths of Gaussian noise and of the MAD attack, on the
+seeds of `--select-seeds`; the figures come from other seeds, `--seeds`. `traffic`: lambda was chosen on seeds 1 to 3,
+the figures come from `--seeds`. A run that is already in `--runs-dir` is not run again.
 """
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import ray
+import torch
 import tyro
 from matplotlib.figure import Figure
 from scipy import stats
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import ernie_qcombo
+from envs import traffic as streets
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Where:
+    runs_dir: Path = ROOT / "runs" / "reproduce"
+    """folder of the runs"""
+    results_dir: Path = ROOT / "benchmarks" / "results"
+    """folder of the small CSV files and pictures"""
+    ray_address: str | None = None
+    """address of a Ray cluster; default: this machine"""
+
+
+def run(command: list[str], found: tuple[Path, str]) -> Path:
+    """Run a script unless its result is there: the newest file of that pattern in a folder."""
+    folder, pattern = found
+    if not list(folder.glob(pattern)):
+        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+    return max(folder.glob(pattern))
+
+
+def remote(where: Where):
+    """`run` as a Ray task."""
+    import ray
+
+    where.results_dir.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the runs on a machine with other work
+    ray.init(address=where.ray_address, log_to_driver=False)
+    return ray.remote(num_cpus=1)(run).remote, ray.get
+
+
+def read(path: Path, policy: str | None = None, column: str = "return") -> dict[tuple[str, str], np.ndarray]:
+    """(perturbation, strength) -> value of each seed."""
+    table = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            if policy in (None, row.get("policy")):
+                table.setdefault((row["perturbation"], row["strength"]), []).append(float(row[column]))
+    return {key: np.array(values) for key, values in table.items()}
+
+
+def interval(values: np.ndarray) -> float:
+    """Half-width of the 95% t-interval of the mean over seeds."""
+    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+
+
+def write(path: Path, columns: list[str], rows: list[list]) -> None:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# particle: ernie_maddpg.py
+
 SHOWN = {"gaussian": "standard deviation of Gaussian noise", "mad": "radius of worst-case observations (MAD)"}
 GRID = [f"--epsilon={epsilon} --reg-coef={coef}" for epsilon, coef in ((0.3, 0.02), (0.5, 0.1))]
 METHODS = {  # name: flags of each point of its grid
@@ -35,98 +99,67 @@ METHODS = {  # name: flags of each point of its grid
 }
 
 
-@dataclass
-class Args:
-    figure: tyro.conf.Positional[str] = "particle"
-    """what to reproduce; so far: particle"""
-    env_ids: tuple[str, ...] = ("simple_spread_v3", "simple_tag_v3", "simple_crypto_v3")
-    """tasks"""
-    seeds: tuple[int, int] = (1, 5)
-    """first and last seed of the figures"""
-    select_seeds: tuple[int, int] = (101, 102)
-    """first and last seed on which each method's point of the grid is chosen"""
-    total_timesteps: int = 200_000
-    """environment steps of each run"""
-    eval_episodes: int = 1000
-    """episodes of a seed at each point of the figures"""
-    runs_dir: Path = ROOT / "runs" / "reproduce"
-    """folder of the runs"""
-    results_dir: Path = ROOT / "benchmarks" / "results"
-    """folder of the small CSV files and pictures"""
-    ray_address: str | None = None
-    """address of a Ray cluster; default: this machine"""
-
-
-@ray.remote(num_cpus=1)
-def train(env_id: str, name: str, flags: str, seeds: tuple[int, int], episodes: int, args: Args) -> Path:
-    """Run the script unless its result is there; returns the path of robustness.csv."""
-    found = list(args.runs_dir.glob(f"{env_id}__{name}__{seeds[0]}__*/robustness.csv"))
-    if not found:
-        command = [
-            sys.executable,
-            str(ROOT / "ernie_maddpg.py"),
-            f"--env-id={env_id}",
-            f"--exp-name={name}",
-            *flags.split(),
-        ]
-        command += [f"--seed={seeds[0]}", f"--num-seeds={seeds[1] - seeds[0] + 1}", f"--eval-episodes={episodes}"]
-        command += [f"--total-timesteps={args.total_timesteps}", f"--runs-dir={args.runs_dir}", "--wandb-mode=disabled"]
-        command += ["--batch-size=512", "--reg-batch-size=128", f"--checkpoint-interval={args.total_timesteps}"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        found = list(args.runs_dir.glob(f"{env_id}__{name}__{seeds[0]}__*/robustness.csv"))
-    return found[0]
-
-
-def read(path: Path) -> dict[tuple[str, float], np.ndarray]:
-    """(perturbation, strength) -> return of each seed."""
-    table = {}
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            table.setdefault((row["perturbation"], float(row["strength"])), []).append(float(row["return"]))
-    return {key: np.array(values) for key, values in table.items()}
-
-
 def score(path: Path) -> float:
     return float(np.mean([v.mean() for (family, _), v in read(path).items() if family in ("clean", *SHOWN)]))
 
 
-def interval(values: np.ndarray) -> float:
-    """Half-width of the 95% t-interval of the mean over seeds."""
-    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+def particle(
+    where: Where,
+    env_ids: tuple[str, ...] = ("simple_spread_v3", "simple_tag_v3", "simple_crypto_v3"),
+    seeds: tuple[int, int] = (1, 5),
+    select_seeds: tuple[int, int] = (101, 102),
+    total_timesteps: int = 200_000,
+    eval_episodes: int = 1000,
+) -> None:
+    """Return against observation noise for every method of ernie_maddpg.py.
 
+    Args:
+        env_ids: tasks
+        seeds: first and last seed of the figures
+        select_seeds: first and last seed on which each method's point of the grid is chosen
+        total_timesteps: environment steps of each run
+        eval_episodes: episodes of a seed at each point of the figures
+    """
+    start, get = remote(where)
 
-def particle(args: Args) -> None:
-    choices = {(t, m, i): flags for t in args.env_ids for m, grid in METHODS.items() for i, flags in enumerate(grid)}
+    def train(task: str, name: str, flags: str, seeds: tuple[int, int], episodes: int):
+        command = [str(ROOT / "ernie_maddpg.py"), f"--env-id={task}", f"--exp-name={name}", *flags.split()]
+        command += [f"--seed={seeds[0]}", f"--num-seeds={seeds[1] - seeds[0] + 1}", f"--eval-episodes={episodes}"]
+        command += [f"--total-timesteps={total_timesteps}", f"--runs-dir={where.runs_dir}", "--wandb-mode=disabled"]
+        command += ["--batch-size=512", "--reg-batch-size=128", f"--checkpoint-interval={total_timesteps}"]
+        return start(command, (where.runs_dir, f"{task}__{name}__{seeds[0]}__*/robustness.csv"))
+
     pending = {
-        key: train.remote(key[0], f"select_{key[1]}_{key[2]}", flags, args.select_seeds, 100, args)
-        for key, flags in choices.items()
-        if len(METHODS[key[1]]) > 1
+        (task, method, i): train(task, f"select_{method}_{i}", flags, select_seeds, 100)
+        for task in env_ids
+        for method, grid in METHODS.items()
+        for i, flags in enumerate(grid)
+        if len(grid) > 1
     }
     final = {}
-    for task in args.env_ids:
+    for task in env_ids:
         for method, grid in METHODS.items():
-            scores = [score(ray.get(pending[task, method, i])) if len(grid) > 1 else 0.0 for i in range(len(grid))]
+            scores = [score(get(pending[task, method, i])) if len(grid) > 1 else 0.0 for i in range(len(grid))]
             flags = grid[int(np.argmax(scores))]
             print(f"{task:18s} {method:12s} {flags}  (grid: {', '.join(f'{s:.2f}' for s in scores)})", flush=True)
-            run = train.remote(task, f"final_{method}", flags, args.seeds, args.eval_episodes, args)
-            final[task, method] = flags, run
+            final[task, method] = flags, train(task, f"final_{method}", flags, seeds, eval_episodes)
     rows = []
     for (task, method), (flags, path) in final.items():
-        for (family, strength), values in read(ray.get(path)).items():
+        for (family, strength), values in read(get(path)).items():
             rows.append([task, method, flags, family, strength, values.mean(), interval(values), len(values)])
-    with open(args.results_dir / "particle.csv", "w", newline="") as file:
-        columns = ["env_id", "method", "flags", "perturbation", "strength", "return", "interval95", "seeds"]
-        csv.writer(file).writerows([columns, *rows])
-    for task in args.env_ids:
-        plot(task, {m: read(ray.get(path)) for (t, m), (_, path) in final.items() if t == task}, args)
+    columns = ["env_id", "method", "flags", "perturbation", "strength", "return", "interval95", "seeds"]
+    write(where.results_dir / "particle.csv", columns, rows)
+    for task in env_ids:
+        tables = {m: read(get(path)) for (t, m), (_, path) in final.items() if t == task}
+        plot_particle(task, tables, where.results_dir)
 
 
-def plot(task: str, tables: dict[str, dict], args: Args) -> None:
+def plot_particle(task: str, tables: dict[str, dict], folder: Path) -> None:
     """Return against strength, one panel per perturbation, one line per method with its 95% band over seeds."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axis, (family, label) in zip(figure.subplots(1, len(SHOWN), sharey=True), SHOWN.items()):
         for method, table in tables.items():
-            points = [(s, v) for (f, s), v in table.items() if f == family or f == "clean"]
+            points = [(float(s), v) for (f, s), v in table.items() if f == family or f == "clean"]
             strength, mean = [s for s, _ in points], np.array([v.mean() for _, v in points])
             half = np.array([interval(v) for _, v in points])
             color = f"C{list(METHODS).index(method)}"  # the same in every figure
@@ -136,19 +169,223 @@ def plot(task: str, tables: dict[str, dict], args: Args) -> None:
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("return of the cooperating agents")
     figure.axes[0].legend(fontsize=8)
-    figure.suptitle(f"{task}: mean and 95% interval over {len(next(iter(tables.values()))['clean', 0.0])} seeds")
-    figure.savefig(args.results_dir / f"particle_{task}.png", dpi=120)
+    figure.suptitle(f"{task}: mean and 95% interval over {len(next(iter(next(iter(tables.values())).values())))} seeds")
+    figure.savefig(folder / f"particle_{task}.png", dpi=120)
 
 
-def main() -> None:
-    args = tyro.cli(Args)
-    if args.figure != "particle":
-        sys.exit(f"reproduce.py: error: figure must be particle, got {args.figure!r}")
-    args.results_dir.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the runs on a machine with other work
-    ray.init(address=args.ray_address, log_to_driver=False)
-    particle(args)
+# --------------------------------------------------------------------------------------------------------------------
+# traffic: ernie_qcombo.py
+
+TRAINED = {  # method: flags
+    "none": "--regularizer=none",
+    "gaussian": "--regularizer=gaussian",
+    "adversarial": "--regularizer=adversarial",
+    "stackelberg": "--regularizer=stackelberg",
+    "ernie_a": "--regularizer=none --action-reg-coef=1",
+}
+STUDY = {  # hyper-parameter of Figures 5c and 5d: its values; at 0 the method is none
+    "epsilon": (0.0, 0.03, 0.1, 0.3, 1.0),
+    "attack_steps": (0, 1, 3, 5),
+}
+PANELS = {
+    "observation noise": [("clean", "0.0"), ("gaussian", "0.01"), ("gaussian", "0.1"), ("gaussian", "1.0")],
+    "worst-case observations": [("mad", "0.1"), ("mad", "0.3"), ("critic", "0.1"), ("critic", "0.3")],
+    "malicious actions": [(f, p) for f in ("flip_one", "flip_each", "worst_one") for p in ("0.03", "0.05")],
+    "speed (m/s)": [("speed", "30.0"), ("clean", "0.0"), ("speed", "40.0")],
+    "flow": [("flow", str(k)) for k in (1, 2, 3, 4, 5)],
+    "network": [("network", name) for name in ("irregular", "4x4", "6x6", "atlanta")],
+}
+
+
+def traffic_run(method: str, flags: str, seeds: tuple[int, int], seconds: int, where: Where) -> tuple:
+    """Command and result of a run, evaluated for so many seconds after 1,000 s of random switching."""
+    command = [str(ROOT / "ernie_qcombo.py"), f"--exp-name={method}", *flags.split(), "--compile", "--no-track"]
+    command += [f"--seed={seeds[0]}", f"--num-seeds={seeds[1] - seeds[0] + 1}", f"--runs-dir={where.runs_dir}"]
+    command += ["--eval-episodes=1", f"--eval-seconds={seconds}", "--log-interval=64000"]
+    return command, (where.runs_dir, f"traffic_grid_v0__{method}__{seeds[0]}__*/robustness.csv")
+
+
+def traffic(where: Where, seeds: tuple[int, int] = (101, 110), study_seeds: tuple[int, int] = (101, 103)) -> None:
+    """Reward on changed speeds, flows, networks, observations and actions for every method of ernie_qcombo.py.
+
+    Args:
+        seeds: first and last seed of the figures
+        study_seeds: first and last seed of the study of epsilon and K
+    """
+    start, get = remote(where)
+    pending = {method: start(*traffic_run(method, flags, seeds, 4000, where)) for method, flags in TRAINED.items()}
+    study = {("none", 0): start(*traffic_run("study_none", TRAINED["none"], study_seeds, 1000, where))}
+    for name, value in ((name, value) for name, values in STUDY.items() for value in values if value):
+        flags = f"{TRAINED['stackelberg']} --{name.replace('_', '-')}={value}"
+        study[name, value] = start(*traffic_run(f"study_{name}_{value}", flags, study_seeds, 1000, where))
+    rows, tables = [], {}
+    for method, path in pending.items():
+        policy, path = TRAINED[method].split()[0].split("=")[1], get(path)
+        tables[method], tables["fixed_time"] = (read(path, who, "reward") for who in (policy, "fixed_time"))
+        left, backlog = (read(path, policy, column) for column in ("left_per_minute", "backlog"))
+        for point, values in tables[method].items():
+            middle, fixed = stats.trim_mean(values, 0.25), tables["fixed_time"].get(point, [np.nan])[0]
+            row = [method, *point, values.mean(), interval(values), middle, values.min()]
+            rows.append([*row, left[point].mean(), backlog[point].mean(), fixed, len(values)])
+    columns = ["method", "perturbation", "strength", "reward", "interval95", "interquartile_mean", "worst_seed"]
+    write(where.results_dir / "traffic.csv", [*columns, "left_per_minute", "backlog", "fixed_time", "seeds"], rows)
+    plot_traffic(tables, where.results_dir / "traffic.png")
+    plot_percentiles(tables, where.results_dir / "traffic_percentiles.png")
+    results = {key: read(get(path), "stackelberg" if key[1] else "none", "reward") for key, path in study.items()}
+    plot_study(results, where.results_dir)
+
+
+def plot_traffic(tables: dict[str, dict], path: Path) -> None:
+    """Mean reward of each method at each point with its 95% interval, a panel per kind of change."""
+    figure = Figure(figsize=(14, 7.5), layout="constrained")
+    for axis, (title, points) in zip(figure.subplots(2, 3).flat, PANELS.items()):
+        for k, (method, table) in enumerate(tables.items()):
+            seen = [(x, table[p]) for x, p in enumerate(points) if p in table]
+            if method == "fixed_time":
+                for x, values in seen:
+                    axis.plot([x - 0.4, x + 0.4], [values[0]] * 2, color="gray", linestyle="--")
+                continue
+            places, values = [x + (k - 2) * 0.14 for x, _ in seen], [v for _, v in seen]
+            halves = [interval(v) for v in values]
+            axis.errorbar(places, [v.mean() for v in values], halves, fmt="o", markersize=4, capsize=2, label=method)
+        names = [
+            s if f in ("speed", "flow", "network") else "clean" if f == "clean" else f"{f}\n{s}" for f, s in points
+        ]
+        axis.set_xticks(
+            range(len(points)), ["35" if n == "clean" and "speed" in title else n for n in names], fontsize=8
+        )
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    figure.axes[0].plot([], [], color="gray", linestyle="--", label="fixed time, 27 s")
+    figure.axes[0].legend(fontsize=8)
+    figure.supylabel("reward of all lights in a second")
+    figure.savefig(path, dpi=110)
+
+
+def plot_percentiles(tables: dict[str, dict], path: Path) -> None:
+    """Sorted rewards of the seeds, as in Figures 5a and 5b."""
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    points = [("clean", "0.0"), ("speed", "30.0"), ("gaussian", "1.0"), ("flip_each", "0.05")]
+    for axis, point in zip(figure.subplots(1, len(points)), points):
+        for method in TRAINED:
+            values = np.sort(tables[method][point])
+            axis.plot(
+                100 * (np.arange(len(values)) + 0.5) / len(values), values, marker="o", markersize=3, label=method
+            )
+        axis.set(title=" ".join(point), xlabel="percentile of seeds")
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("reward of all lights in a second")
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def plot_study(results: dict[tuple, dict], folder: Path) -> None:
+    """Reward against epsilon and K, on changed speeds as in Figures 5c and 5d, and under noise."""
+    figure, rows = Figure(figsize=(11, 3.8), layout="constrained"), []
+    shown = [("clean", "0.0"), ("speed", "30.0"), ("speed", "40.0"), ("gaussian", "1.0"), ("flip_each", "0.05")]
+    for axis, (name, values) in zip(figure.subplots(1, 2, sharey=True), STUDY.items()):
+        for point in shown:
+            cells = [results[(name, value) if value else ("none", 0)][point] for value in values]
+            for value, cell in zip(values, cells):
+                rows.append([name, value, *point, cell.mean(), interval(cell), len(cell)])
+            means, halves = [c.mean() for c in cells], [interval(c) for c in cells]
+            axis.errorbar(range(len(values)), means, halves, marker="o", capsize=3, label=" ".join(point))
+        axis.set_xticks(range(len(values)), [f"{v:g}" for v in values])
+        axis.set_xlabel({"epsilon": "epsilon (standard deviations)", "attack_steps": "K, attack steps"}[name])
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("reward of all lights in a second")
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(folder / "traffic_study.png", dpi=110)
+    columns = ["parameter", "value", "perturbation", "strength", "reward", "interval95", "seeds"]
+    write(folder / "traffic_study.csv", columns, rows)
+
+
+def traffic_in_sumo(
+    where: Where, methods: tuple[str, ...] = ("none", "stackelberg"), seeds: tuple[int, int] = (101, 110)
+) -> None:
+    """Drive the runs of `traffic` in SUMO, on all that changes the cars, and plot both rewards (needs SUMO).
+
+    Args:
+        methods: whose runs
+        seeds: first and last seed of these runs
+    """
+    where.results_dir.mkdir(parents=True, exist_ok=True)
+    rows, pairs = [], {}
+    for method in methods:
+        policy = TRAINED[method].split()[0].split("=")[1]
+        _, (folder, pattern) = traffic_run(method, "", seeds, 4000, where)
+        copy = where.runs_dir / f"in_sumo_{method}"
+        copy.mkdir(exist_ok=True)
+        shutil.copy(max(folder.glob(pattern)).with_name("checkpoint.pt"), copy)
+        command = [str(ROOT / "ernie_qcombo.py"), f"--evaluate={copy}", "--eval-episodes=1", "--eval-seconds=1000"]
+        here = run(command, (copy, "robustness.csv"))
+        there = run([*command, "--backend=sumo"], (copy, "robustness_sumo.csv"))
+        for who in (policy, "fixed_time"):
+            torch_table, sumo_table = read(here, who, "reward"), read(there, who, "reward")
+            for point, values in sumo_table.items():
+                pairs.setdefault(method if who == policy else who, []).append(
+                    (torch_table[point].mean(), values.mean())
+                )
+                rows.append([method if who == policy else who, *point, torch_table[point].mean(), values.mean()])
+                rows[-1] += [interval(v) if len(v) > 1 else np.nan for v in (torch_table[point], values)]
+    columns = ["method", "perturbation", "strength", "torch", "sumo", "torch_interval95", "sumo_interval95"]
+    write(where.results_dir / "traffic_in_sumo.csv", columns, rows)
+    figure = Figure(figsize=(5.5, 5), layout="constrained")
+    axis = figure.add_subplot()
+    for who, values in pairs.items():
+        axis.scatter(*-np.array(values).T, s=16, label=who)
+    every = np.array([pair for values in pairs.values() for pair in values])
+    low, high = -every.max() * 0.8, -every.min() * 1.25
+    correlation = np.corrcoef(np.log(-every).T)[0, 1]
+    axis.plot([low, high], [low, high], color="gray", linewidth=0.8)
+    axis.set(xscale="log", yscale="log", xlabel="cost in the batched simulator", ylabel="cost in SUMO")
+    axis.set_title(
+        f"minus the reward of all lights in a second; correlation of logarithms {correlation:.3f}", fontsize=9
+    )
+    axis.legend(fontsize=8)
+    figure.savefig(where.results_dir / "traffic_in_sumo.png", dpi=110)
+
+
+CONTROLLERS = {
+    "never switching": lambda env, state: torch.zeros_like(state.direction.T),
+    "random, p = 0.05": lambda env, state: (torch.rand_like(state.direction.T * 1.0) < 0.05).long(),
+    "random, p = 0.5": lambda env, state: (torch.rand_like(state.direction.T * 1.0) < 0.5).long(),
+    **{f"fixed time {g} s": partial(streets.fixed_time, green=g) for g in (7, 12, 17, 22, 27, 32, 42)},
+    **{
+        f"fixed time {g} s, half a cycle apart": partial(streets.fixed_time, green=g, offset=g + 3)
+        for g in (17, 22, 27)
+    },
+    **{f"longest queue, {g} s": partial(streets.longest_queue, min_green=g) for g in (10, 25)},
+    **{f"max pressure, {g} s": partial(streets.max_pressure, min_green=g) for g in (10, 25)},
+}
+
+
+def ladder(where: Where, episodes: int = 10, seconds: int = 4000, sumo: bool = False) -> None:
+    """What simple controllers get on the training flow, after 1,000 s of random switching.
+
+    Args:
+        episodes: episodes of each controller
+        seconds: seconds of an episode
+        sumo: in SUMO too
+    """
+    where.results_dir.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    rows = []
+    for backend in ("torch", "sumo") if sumo else ("torch",):
+        args = ernie_qcombo.Args(evaluate="none", backend=backend)
+        env = ernie_qcombo.make_traffic(args, episodes, torch.device("cpu"), warmup=1000, horizon=seconds)
+        step = env.step if backend == "sumo" else torch.compile(env.step, fullgraph=True, dynamic=False)
+        for name, controller in CONTROLLERS.items():
+            torch.manual_seed(0)
+            generators = ernie_qcombo.make_generators(1, 1, "ladder", torch.device("cpu"))
+            means = ernie_qcombo.simulate(env, step, lambda state, _: controller(env, state), generators)
+            values = [means[column].double().numpy() for column in ("reward", "left_per_minute", "backlog")]
+            rows.append([backend, name, values[0].mean(), interval(values[0]), *(v.mean() for v in values[1:])])
+            print(f"{backend:6s} {name:40s} {rows[-1][2]:9.1f} ± {rows[-1][3]:.1f}", flush=True)
+    columns = ["backend", "controller", "reward", "interval95", "left_per_minute", "backlog"]
+    write(where.results_dir / "traffic_ladder.csv", columns, rows)
 
 
 if __name__ == "__main__":
-    main()
+    commands = {"particle": particle, "traffic": traffic, "traffic-in-sumo": traffic_in_sumo, "ladder": ladder}
+    tyro.extras.subcommand_cli_from_dict(commands, config=(tyro.conf.OmitArgPrefixes,))

@@ -6,6 +6,9 @@
     python benchmarks/speed.py env --device cuda --num-agents 3 --num-envs 1024 32768 1000000
     python benchmarks/speed.py train                    # ernie_maddpg.py, every regulariser: about five minutes
     python benchmarks/speed.py games                    # ermas_bimatrix.py, games and training: half a minute
+    pip install -r requirements-sumo.txt                # SUMO, or it is left out
+    python benchmarks/speed.py traffic                  # traffic_grid_v0, IDM and Krauss: about a minute
+    python benchmarks/speed.py traffic --grid 2 4 6 --capacity 48 96    # ten minutes
 
 A repeat times every contestant once, for `--seconds` or longer; each repeat starts with another one, and ratios are
 taken within a repeat. Shown are the median and the quartiles over repeats. On a CPU the process is pinned to one core
@@ -30,6 +33,13 @@ sampling and one update of batch 1,024 per 100 steps, as in ernie_maddpg.py's `t
 `games` counts games of 16 steps in the augmented bimatrix game: `play` of ermas_bimatrix.py for 80 runs of 64 games at
 once, and the same game in numpy, one step of one game at a time, with the same tables and policies. `training` is a
 whole iteration of ERMAS (11 batches for each run, deviations, gradients), counted in games.
+
+`traffic` counts car updates (cars in the network, summed over the seconds simulated) under fixed-time lights, in cycles
+of 60 s from second 200 on, when the streets have filled. Ratios are of car updates.
+
+    eager, compiled  envs.traffic: random numbers, controller, lights, cars, observations and rewards of B environments
+    libsumo          SUMO alone, one simulation of the same scenario: simulationStep, and the lights when they change;
+                     without its search for collisions, and nothing is read but the number of cars every tenth second
 """
 
 import csv
@@ -38,6 +48,7 @@ import itertools
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,6 +68,8 @@ from matplotlib.figure import Figure
 import envs
 import ermas_bimatrix
 import ernie_maddpg as script
+from envs import sumo
+from envs.traffic import Traffic, fixed_time
 
 RESULTS = Path(__file__).parent / "results"
 T = 25  # steps of an episode
@@ -255,7 +268,7 @@ def training(replay: dict, num_seeds: int, device: torch.device, **options) -> C
     streams = script.make_generators(args.seed, num_seeds, "speed", device)
     slots = args.buffer_size // env.horizon // args.num_envs
     if not replay:  # shared by all variants; the first fills it
-        replay |= script.make_replay(env, num_seeds, slots * args.num_envs)
+        replay |= script.make_replay(env, num_seeds, slots * args.num_envs, env.horizon)
         for slot in range(slots):
             script.rollout(env.step, env, nets["actor"], replay, slot * args.num_envs, 0.3, streams, args)
 
@@ -341,7 +354,111 @@ def bench_games(timing: Timing, num_runs: int = 80, out: Path = RESULTS / "speed
     write_csv(out, rows)
 
 
+# Contestants of `traffic`: a scenario, a folder for files -> a function that plays so many seconds and returns the mean
+# number of cars in a network and how often a car has found its street full
+
+FLOW = {2: 700.0, 4: 550.0, 6: 385.0}  # cars per hour at each entry, by rows and columns of the grid
+FILL, GREEN, CYCLE = 200, 27, 60  # s; GREEN and 3 s of yellow for each direction
+LIGHTS = {0: "Gr", GREEN: "yr", CYCLE // 2: "rG", CYCLE // 2 + GREEN: "ry"}  # from that second of a cycle on: NS, EW
+
+
+def batch(env: Traffic, folder: Path, compile: bool) -> Callable[[int], tuple[float, int]]:
+    step = torch.compile(env.step, fullgraph=True, dynamic=False) if compile else env.step
+    generators = [torch.Generator(env.device).manual_seed(0)]
+    state, _ = env.reset(generators)
+
+    def play(seconds: int) -> tuple[float, int]:
+        nonlocal state
+        cars = 0
+        for _ in range(seconds):
+            state, *_, info = step(state, fixed_time(env, state, GREEN), env.draw(generators))
+            cars = cars + info["vehicles"]
+        return cars.sum().item() / env.num_envs / seconds, state.overflow.sum().item()
+
+    return play
+
+
+def bare_sumo(env: Traffic, folder: Path) -> Callable[[int], tuple[float, int]]:
+    sumo.require_sumo()
+    import libsumo
+
+    network, routes = sumo.write_network(env, folder), folder / "routes.xml"
+    sumo.write_routes(env, 0, routes)
+    if libsumo.simulation.isLoaded():  # the scenario before
+        libsumo.close()
+    command = ["sumo", "-n", str(network), "-r", str(routes), "--time-to-teleport", "-1", "--collision.action", "none"]
+    libsumo.start([*command, "--no-warnings", "true", "--no-step-log", "true"])
+    libsumo.simulationStep()  # the standing cars enter
+    t, links, control = 0, {}, libsumo.trafficlight
+    for light in control.getIDList():  # 0: north-south, 1: east-west, of each letter of its signal string
+        streets = [int(lane.split("_")[0]) for ((lane, *_),) in control.getControlledLinks(light)]
+        links[light] = env.axis[streets].tolist()
+
+    def play(seconds: int) -> tuple[float, int]:
+        nonlocal t
+        cars, end = 0, t + seconds
+        while t < end:
+            if t % CYCLE in LIGHTS:
+                for light, axes in links.items():
+                    control.setRedYellowGreenState(light, "".join(LIGHTS[t % CYCLE][axis] for axis in axes))
+            libsumo.simulationStep()
+            cars += 0 if t % 10 else 10 * libsumo.vehicle.getIDCount()
+            t += 1
+        return cars / seconds, 0
+
+    return play
+
+
+STREETS = {"eager": partial(batch, compile=False), "compiled": partial(batch, compile=True)}
+
+
+def bench_traffic(
+    timing: Timing,
+    grid: tuple[Literal[2, 4, 6], ...] = (2,),
+    model: tuple[Literal["idm", "krauss"], ...] = ("idm", "krauss"),
+    num_envs: tuple[int, ...] = (256,),
+    capacity: tuple[int, ...] = (96,),
+    out: Path = RESULTS / "speed_traffic.csv",
+) -> None:
+    """Car updates per second on `grid` x `grid` lights, cars following `model`, in B `num_envs` with `capacity` places
+    per street, beside one simulation in SUMO."""
+    clock, rows, wanted = prepare(timing), [], STREETS | {"libsumo": bare_sumo}
+    for G, following, B, N in itertools.product(grid, model, num_envs, capacity):
+        torch.compiler.reset()
+        scenario = {"rows": G, "cols": G, "flow": FLOW[G], "model": following, "capacity": N}
+        env = envs.make("traffic_grid_v0", num_envs=B, device=timing.device, **scenario)
+        jobs, seen = {}, {name: [] for name in wanted}
+        with tempfile.TemporaryDirectory() as folder:
+            for name, build in list(wanted.items()):
+                try:
+                    play = build(env, Path(folder))
+                except ImportError as error:
+                    print(f"{name} left out ({error})")
+                    del wanted[name]
+                    continue
+                play(FILL)
+                jobs[name] = lambda name=name, play=play: seen[name].append(play(CYCLE))
+            times = interleave(jobs, timing, clock)
+        cars = {name: np.array(seen[name])[2:, 0].reshape(timing.repeats, -1).mean(1) for name in jobs}
+        steps = {name: (1 if name == "libsumo" else B) * CYCLE / values for name, values in times.items()}
+        columns = ("car updates/s", "steps/s", "ns/street", *(f"{c} is times" for c in STREETS))
+        print(f"\n{f'{G}x{G} {following} B={B} N={N}':27}cars overflow " + "".join(f"{c:27}" for c in columns))
+        for name in jobs:
+            row = {"device": timing.device, "grid": G, "flow": FLOW[G], "model": following, "num_envs": B}
+            row |= {"capacity": N, "name": name, "repeats": timing.repeats}
+            row |= {"cars": cars[name].mean(), "overflow": seen[name][-1][1]}
+            values = [cars[name] * steps[name], steps[name], 1e9 / steps[name] / env.num_streets]
+            values += [cars[c] * steps[c] / values[0] for c in STREETS]
+            names = [column.replace("/", "_per_").replace(" ", "_") for column in columns]
+            for column, value in zip(names, values):
+                row |= quartiles(column, value)
+            print(f"{name:24}{row['cars']:7.1f} {row['overflow']:8}", *(text(row, column) for column in names))
+            rows.append(row)
+        write_csv(out, rows)
+
+
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
-        {"env": bench_env, "train": bench_train, "games": bench_games}, config=(tyro.conf.OmitArgPrefixes,)
+        {"env": bench_env, "train": bench_train, "games": bench_games, "traffic": bench_traffic},
+        config=(tyro.conf.OmitArgPrefixes,),
     )

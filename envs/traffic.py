@@ -93,6 +93,11 @@ def count(mask: Tensor) -> Tensor:
     return torch.where(mask, 1.0, 0.0).sum(2)
 
 
+def total(values: Tensor) -> Tensor:
+    """Sum over the cars of each edge, [M, K, N, B] -> [M, K, B]; in float64, so that rounding does not depend on B."""
+    return values.sum(2, dtype=torch.float64).to(values.dtype)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Traffic:
     """A description without state; `dataclasses.replace(env, speed=30.0)` is the same task with slower cars. The
@@ -164,7 +169,7 @@ class Traffic:
             if not bool((((value >= 0) if low else (value > 0)) & value.isfinite()).all()):
                 raise ValueError(f"{name} must be {'0 or more' if low else 'positive'}, got {getattr(self, name)}")
 
-    def _flow(self) -> Tensor:
+    def _inflow(self) -> Tensor:
         """[K, 1 or B] float64 cars per hour."""
         if isinstance(self.flow, str) and self.flow not in FLOWS:
             raise ValueError(f"flow must be one of {', '.join(FLOWS)} or numbers, got {self.flow!r}")
@@ -209,9 +214,9 @@ class Traffic:
         r, c = lights // C, lights % C
         street = torch.stack((2 * C + r, C + c, 2 * C + R + r, c), -1)
         order = torch.stack((c, r, C - 1 - c, R - 1 - r), -1)
-        flow = self._flow()
+        inflow = self._inflow()
         # SUMO rounds the time between cars to a millisecond
-        period = torch.where(flow > 0, (3.6e6 / flow).round(), NEVER).clamp_max(NEVER).to(torch.int64)
+        period = torch.where(inflow > 0, (3.6e6 / inflow).round(), NEVER).clamp_max(NEVER).to(torch.int64)
 
         def to(tensor):
             return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
@@ -238,6 +243,7 @@ class Traffic:
             light=to(light),  # [M + 1, K] index of the light at the end of each edge
             axis=to(torch.arange(K) >= 2 * C).long(),  # [K] 0: north-south, 1: east-west
             approach=to((order * K + street).view(L, 4)),  # [L, 4] index into [M * K] lines
+            inflow=inflow.to(self.device),  # [K, 1 or B] cars per hour
             period=to(period),  # [K, 1 or B] ms
             place=to(torch.arange(places).double()[:, None]),  # [N, 1]
             dawdles=self.model == "krauss" and bool((torch.as_tensor(self.sigma) > 0).any()),
@@ -515,8 +521,8 @@ class Traffic:
         v = state.speed
         on = (state.position > self.begin[:-1]) & (state.position <= self.line)  # [M, K, N, B]
         cars = count(on)
-        wait = torch.where(on, state.waiting, 0).sum(2) / cars.clamp_min(1)
-        delay = 1 - torch.where(on, v, 0).sum(2) / (cars + 1e-5) / self.speed_limit
+        wait = total(torch.where(on, state.waiting, 0)) / cars.clamp_min(1)
+        delay = 1 - total(torch.where(on, v, 0)) / (cars + 1e-5) / self.speed_limit
         return count(on & (v <= 1)), wait, delay, cars
 
     def _observe(self, state: State, edges: tuple[Tensor, ...]) -> Tensor:
@@ -550,7 +556,7 @@ class Traffic:
         terms = {name: self._incoming(value).sum(1) for name, value in terms.items()}
         terms["switch"] = begins.to(self.dtype)
         info = {name: (weight * terms[name]).T for name, weight in TERMS.items()}
-        reward = torch.stack(tuple(info.values())).sum(0)
+        reward = sum(info.values())
         for name in ("entered", "left", "overflow"):
             info[name] = (getattr(state, name) - getattr(before, name)).sum(0)
         info["backlog"], info["vehicles"] = self.backlog(state).sum(0), (state.entered - state.left).sum(0)
@@ -607,9 +613,13 @@ class Traffic:
 # ------------------------------------------------------------------------- controllers: (env, state) -> action [B, L]
 
 
-def fixed_time(env: Traffic, state: State, green: int = 27) -> Tensor:
-    """All lights in phase: `green` s for north-south, yellow, `green` s for east-west, yellow."""
-    return (state.t % (green + YELLOW) == green).long()[:, None].expand(-1, env.num_agents)
+def fixed_time(env: Traffic, state: State, green: int = 27, offset: int = 0) -> Tensor:
+    """`green` s for north-south, yellow, `green` s for east-west, yellow; every other light (chequerboard) `offset` s
+    later. Lights that are out of phase, as after random switching, fall in step."""
+    light = torch.arange(env.num_agents, device=state.t.device)
+    lag = offset * ((light // env.cols + light % env.cols) % 2)  # [L]
+    wanted = (state.t[:, None] + YELLOW - lag).div(green + YELLOW, rounding_mode="floor") % 2
+    return (wanted != state.direction.T).long()
 
 
 def _switch_for(env: Traffic, state: State, demand: Tensor, min_green: int) -> Tensor:

@@ -35,7 +35,7 @@ def world(double=False, num_envs=8, **options):
     make = {"num_agents": args.num_agents, "continuous_actions": args.continuous_actions, "device": DEVICE}
     env = script.envs.make(args.env_id, args.num_seeds * num_envs, dtype=torch.get_default_dtype(), **make)
     nets, _ = script.make_nets(env, args)
-    replay = script.make_replay(env, args.num_seeds, num_envs)
+    replay = script.make_replay(env, args.num_seeds, num_envs, env.horizon)
     streams = script.make_generators(3, args.num_seeds, "test", DEVICE)
     script.rollout(
         env.step, env, nets["actor"], replay, 0, 0.5, streams, Args(**(SMALL | options | {"num_envs": num_envs}))
@@ -44,9 +44,14 @@ def world(double=False, num_envs=8, **options):
     return args, env, nets, batch, script.draw_noise(streams, env, args)
 
 
+def regularize(mode, actor, obs, noise, env, args):
+    """R and delta."""
+    network, scale = partial(script.policy, actor, env=env, args=args), script.perturbation_scale(obs, env, args)
+    return script.regularizer(mode, network, obs, network(obs), noise, scale, args)
+
+
 def mean_reg(actor, obs, noise, env, args, mode=None):
-    z = script.policy(actor, obs, env, args)
-    value, _ = script.regularizer(mode or args.regularizer, actor, obs, z, noise, env, args)
+    value, _ = regularize(mode or args.regularizer, actor, obs, noise, env, args)
     return (value.mean(2) * env.cooperators).sum()
 
 
@@ -82,7 +87,7 @@ def test_adversarial_gradient_is_the_leader_term(continuous):
     args, env, nets, batch, noise = world(double=True, continuous_actions=continuous)
     obs, noise = batch["obs"].transpose(1, 2)[:, :, :16], noise["perturbation"]
     z = script.policy(nets["actor"], obs, env, args)
-    _, delta = script.regularizer("stackelberg", nets["actor"], obs, z, noise, env, args)
+    _, delta = regularize("stackelberg", nets["actor"], obs, noise, env, args)
     perturbed = script.policy(nets["actor"], obs + delta.detach(), env, args)
     leader = script.divergence(args.divergence, perturbed, z).mean(2).sum()
     flat = nets["actor"].flat
@@ -110,11 +115,10 @@ def test_compiled_losses_have_the_eager_gradients(continuous):
 def test_attack_is_in_the_ball_and_beats_a_random_direction(norm, continuous):
     args, env, nets, batch, noise = world(norm=norm, continuous_actions=continuous, env_id="simple_tag_v3", epsilon=0.5)
     obs, noise = batch["obs"].transpose(1, 2)[:, :, :16], noise["perturbation"]
-    z = script.policy(nets["actor"], obs, env, args)
     order = math.inf if norm == "linf" else 2
     values = {}
     for mode in ("random", "adversarial", "stackelberg"):
-        values[mode], delta = script.regularizer(mode, nets["actor"], obs, z, noise, env, args)
+        values[mode], delta = regularize(mode, nets["actor"], obs, noise, env, args)
         assert torch.linalg.vector_norm(delta, order, dim=-1).max() <= args.epsilon * (1 + 1e-5)
         assert (delta.transpose(2, 3)[:, ~env.obs_mask] == 0).all()  # padding and dead entries stay
     assert values["adversarial"].mean() > 1.3 * values["random"].mean()
@@ -125,11 +129,10 @@ def test_gaussian_mode_has_mean_length_epsilon_or_the_papers_unit_variance():
     args, env, nets, batch, _ = world(epsilon=0.4)
     obs = batch["obs"].transpose(1, 2).repeat(1, 1, 200, 1)
     noise = torch.randn(obs.shape, device=DEVICE)
-    z = script.policy(nets["actor"], obs, env, args)
-    _, delta = script.regularizer("gaussian", nets["actor"], obs, z, noise, env, args)
+    _, delta = regularize("gaussian", nets["actor"], obs, noise, env, args)
     assert delta.norm(dim=-1).mean().item() == pytest.approx(0.4, rel=0.01)
     args.gaussian_std = 1.0
-    _, delta = script.regularizer("gaussian", nets["actor"], obs, z, noise, env, args)
+    _, delta = regularize("gaussian", nets["actor"], obs, noise, env, args)
     assert delta.transpose(2, 3)[:, env.obs_mask].std().item() == pytest.approx(1.0, rel=0.01)
 
 
@@ -139,10 +142,7 @@ def test_perturbations_of_samples_do_not_depend_on_each_other():
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     deltas = []
     for index in (torch.arange(16, device=DEVICE), order):
-        z = script.policy(nets["actor"], obs[:, :, index], env, args)
-        deltas.append(
-            script.regularizer("stackelberg", nets["actor"], obs[:, :, index], z, noise[:, :, index], env, args)[1]
-        )
+        deltas.append(regularize("stackelberg", nets["actor"], obs[:, :, index], noise[:, :, index], env, args)[1])
     torch.testing.assert_close(deltas[0][:, :, order], deltas[1], rtol=1e-9, atol=1e-12)
 
 
@@ -181,7 +181,7 @@ def test_critic_target_by_hand():
 def test_next_observation_follows_the_observation():
     args = Args(**SMALL)
     env = script.make_env(args, 8, DEVICE)
-    replay = script.make_replay(env, 1, 8)
+    replay = script.make_replay(env, 1, 8, env.horizon)
     marks = torch.arange(8 * (env.horizon + 1), device=DEVICE, dtype=torch.float32).view(1, 8, -1, 1, 1)
     replay["obs"] += marks
     replay["rewards"] += marks[:, :, :-1, :, 0]
@@ -303,7 +303,7 @@ def test_straight_through_gradient_is_the_softmax_gradient():
 def test_clipping_is_per_network():
     net = script.MLP(torch.zeros(3, 6, requires_grad=True), [2, 2])
     loss = (net.flat * torch.tensor([0.01, 1.0, 100.0])[:, None]).sum()
-    script.descend(loss, net, torch.optim.SGD([net.flat], 1.0), max_grad_norm=0.5)
+    script.descend(loss, [net], torch.optim.SGD([net.flat], 1.0), max_grad_norm=0.5)
     torch.testing.assert_close(net.flat.grad.norm(dim=1), torch.tensor([0.01 * 6**0.5, 0.5, 0.5]))
 
 

@@ -223,6 +223,22 @@ def test_overflow_is_counted_and_nothing_lost():
     assert inside.max() == 7 and torch.equal(state.entered, inside + state.left)
 
 
+@pytest.mark.parametrize("offset", [0, 6, 15])
+def test_fixed_time_lights_fall_in_step(offset):
+    env = traffic.make("traffic_grid_v0", 3, warmup=43)
+    state, _ = env.reset([torch.Generator().manual_seed(1)])
+    assert len(set(state.direction.flatten().tolist())) == 2  # out of step
+    seen = []
+    for _ in range(120):
+        state, *_ = env.step(state, traffic.fixed_time(env, state, green=12, offset=offset), None)
+        seen.append(state.direction)
+    first, second, third, last = torch.stack(seen)[40:].unbind(1)  # [t, B] of each light
+    assert (first == first[:, :1]).all() and (first == last).all() and (second == third).all()
+    assert (second[offset:] == first[: len(first) - offset]).all()
+    changes = (first[1:, 0] != first[:-1, 0]).nonzero().flatten()
+    assert (changes.diff() == 15).all()
+
+
 @pytest.mark.parametrize("env_id", traffic.TASKS)
 def test_tasks_controllers_and_pictures(env_id):
     """Better control is better: of random switching and a fixed time, the latter keeps fewer cars waiting."""
