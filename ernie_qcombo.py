@@ -182,7 +182,7 @@ class Args:
     """environment steps between two rows of metrics.csv"""
     checkpoint_interval: int = 64_000
     """environment steps between two checkpoints"""
-    eval_episodes: int = 8
+    eval_episodes: int = 4
     """episodes of one seed at each point of the robustness report"""
     eval_warmup: int = 1000
     """seconds of random switching before an evaluation (paper: 1,000)"""
@@ -804,7 +804,7 @@ def plot_lights(table: dict[tuple, dict[str, tuple]], args: Args, path: Path) ->
             cells = [table[point].get(policy) for point in points]
             if all(cells):
                 means, halves = [cell[0] for cell in cells], np.nan_to_num([cell[1] for cell in cells])
-                axis.errorbar(range(len(points)), means, halves, marker="o", capsize=3, label=policy)
+                axis.errorbar(range(len(points)), means, halves, fmt="o", capsize=3, label=policy)
         axis.set_xticks(range(len(points)), ["clean" if f == "clean" else f"{s}" for f, s in points])
         axis.set(title=family)
         axis.grid(alpha=0.3)
