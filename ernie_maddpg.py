@@ -511,10 +511,8 @@ def actor_loss(nets: Nets, batch: Batch, noise: Batch, env, args: Args):
     loss = policy_loss + args.policy_l2 * (z * env.action_mask[:, None]).square().mean((2, 3))
     metrics = {"losses/actor_loss": policy_loss.detach().mean(1)}
     if args.regularized:
-        part, network = (
-            [x[:, :, : args.reg_batch_size] for x in (obs, z)],
-            partial(policy, nets["actor"], env=env, args=args),
-        )
+        part = [x[:, :, : args.reg_batch_size] for x in (obs, z)]
+        network = partial(policy, nets["actor"], env=env, args=args)
         scale = perturbation_scale(part[0], env, args)
         change, _ = regularizer(args.regularizer, network, *part, noise["perturbation"], scale, args)
         change = change.mean(-1) * env.cooperators  # [S, N]
@@ -975,10 +973,8 @@ def train(env, nets, optimizers, args: Args, run_dir: Path, wandb_runs: list, st
             row["eval/episodic_return"] = evaluate(env, nets, args, test_streams).mean(1)
             if args.regularized:
                 obs = sample(replay, filled, args.batch_size, test_streams)["obs"].transpose(1, 2)
-                noise, network = (
-                    draw_noise(test_streams, env, args)["perturbation"],
-                    partial(policy, nets["actor"], env=env, args=args),
-                )
+                noise = draw_noise(test_streams, env, args)["perturbation"]
+                network = partial(policy, nets["actor"], env=env, args=args)
                 scale = perturbation_scale(obs[:, :, : noise.shape[2]], env, args)
                 row |= diagnose(nets["actor"], network, obs, noise, scale, env.cooperators, args)
             speed = args.num_seeds * per_iteration * (iteration - first) / (time.perf_counter() - started)

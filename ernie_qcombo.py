@@ -425,14 +425,17 @@ def perturbation_unit(norm: Tensor, args: Args) -> Tensor:
     return (std > 0).to(std.dtype) if args.epsilon_units == "std" else torch.where(std > 0, 1 / std, 0)
 
 
-def view(
-    kind: str, nets: Nets, obs: Tensor, joint: Tensor, unit: Tensor, args: Args
-) -> tuple[Callable, Tensor, Tensor]:
+def everybody(obs: Tensor) -> Tensor:
+    """The state, what the global Q sees: [S, N, M, O] -> [S, 1, M, N * O]."""
+    return obs.transpose(1, 2).flatten(2).unsqueeze(1)
+
+
+def view(kind: str, nets: Nets, obs: Tensor, joint: Tensor, unit: Tensor, args: Args):
     """What the regulariser of the "local" or "global" Q-functions perturbs: the network as a function of its input, the
     input [S, N, M, O] or [S, 1, M, N * O], and the unit of delta."""
     if kind == "local":
         return partial(forward, nets["local"].layers(), activation=args.activation), obs, unit
-    x, unit = (o.transpose(1, 2).flatten(2).unsqueeze(1) for o in (obs, unit))
+    x, unit = everybody(obs), everybody(unit)
     if args.global_q == "joint":
         return partial(forward, nets["global"].layers(), activation=args.activation), x, unit
     joint = joint[:, : args.reg_batch_size].unsqueeze(2)
@@ -456,7 +459,7 @@ def qcombo_loss(nets: Nets, batch: Batch, noise: Batch, unit: Tensor, args: Args
     """ALGO LOGIC: appendix E.1, L(theta) + L(omega) + lambda_Q L_reg, plus lambda R (Eq. 5) and lambda_A R^A (Eq. 7):
     loss, metrics. The targets: y^n = r^n + gamma max Q^n'(o'), y = r + gamma Q'(s', a'), a' greedy with Q^n."""
     obs, next_obs, joint, rewards = (batch[k] for k in ("obs", "next_obs", "joint", "rewards"))
-    x, next_x = (o.transpose(1, 2).flatten(2).unsqueeze(1) for o in (obs, next_obs))  # [S, 1, M, N * O]
+    x, next_x = everybody(obs), everybody(next_obs)
     share = 1 / obs.shape[1] if args.team_reward == "mean" else 1.0
     with torch.no_grad():
         discount = args.gamma * (1 - batch["terminated"])  # [S, M]
@@ -568,8 +571,9 @@ def collect(step, env, local: MLP, norm, replay: Batch, slot: int, t: int, state
             x = normalize(obs.unflatten(0, (S, B)).transpose(1, 2), norm)
             greedy = forward(local.layers(), x, args.activation).argmax(-1).transpose(1, 2)
             action = torch.where(explore < random, coin < 0.5, greedy == 1)
-        state, obs, reward, terminated, _, info = step(state, action.long().flatten(0, 1), env.draw(generators))
-        part["actions"][:, :, k] = F.one_hot(action.long(), 2).to(env.dtype)
+        action = action.long()
+        state, obs, reward, terminated, _, info = step(state, action.flatten(0, 1), env.draw(generators))
+        part["actions"][:, :, k] = F.one_hot(action, 2).to(env.dtype)
         part["obs"][:, :, k + 1] = obs.unflatten(0, (S, B))
         part["rewards"][:, :, k] = reward.unflatten(0, (S, B))
         part["terminated"][:, :, k] = terminated.unflatten(0, (S, B)).to(env.dtype)
@@ -628,12 +632,10 @@ def make_test(args: Args, points: Points, num_seeds: int, device: torch.device):
         each = torch.tensor(values).repeat_interleave(args.eval_episodes, 0)
         return torch.cat([each] * num_seeds)
 
-    plain = make_traffic(replace(args, backend="torch"), 1, device, **fields)
-    changed = {family for family, _ in points}
-    if "speed" in changed:
-        fields["speed"] = spread([strength if family == "speed" else plain.speed for family, strength in points])
-    if "flow" in changed:
+    if any(family in ("speed", "flow") for family, _ in points):
+        plain = make_traffic(replace(args, backend="torch"), 1, device)
         own = plain.inflow[:, 0].tolist()
+        fields["speed"] = spread([strength if family == "speed" else plain.speed for family, strength in points])
         fields["flow"] = spread([traffic.FLOWS[f"flow{s}"] if family == "flow" else own for family, s in points])
     return make_traffic(args, num_seeds * len(points) * args.eval_episodes, device, **fields)
 
@@ -671,8 +673,7 @@ def act(family: str, strength, nets: Nets, norm: Tensor, obs: Tensor, generators
     if family not in ("flip_one", "worst_one"):
         return action
     if family == "worst_one":
-        state = normalize(obs.transpose(1, 2), norm).transpose(1, 2).flatten(2).unsqueeze(1)
-        values = joint_values(nets["global"], state, args)
+        values = joint_values(nets["global"], everybody(x), args)
         flips = torch.eye(env.num_agents, dtype=torch.int64, device=action.device)
         worse = values(action.unsqueeze(2) ^ flips) < values(action.unsqueeze(2))  # [S, E, L]
         other = torch.where(worse, other, action)
@@ -735,18 +736,16 @@ def lights_report(nets: Nets, norm, args: Args, device, compiled: Callable, run_
     families = [family for family in SWEEP if family != "flow" or (trained.rows, trained.cols) == (2, 2)]
     points: Points = [("clean", 0.0), *((family, strength) for family in families for strength in SWEEP[family])]
     rows = []
-    for group in tqdm(
-        [points, *([("network", name)] for name in NETWORKS)], desc="robustness", disable=None, leave=False
-    ):
+    groups: list[Points] = [points, *([("network", name)] for name in NETWORKS)]  # each in an environment of its own
+    for group in tqdm(groups, desc="robustness", disable=None, leave=False):
         changes = [point for point in group if point[0] in ("clean", "speed", "flow", "network")]
         for policy, tested, count in ((args.regularizer, group, args.num_seeds), ("fixed_time", changes, 1)):
             lights = None if policy == "fixed_time" else nets
             happened = simulate_points(lights, norm, tested, "evaluation", compiled, args, device)
             happened = {name: value.double() for name, value in happened.items()}
             errors = happened["reward"].std(-1, correction=0) / (args.eval_episodes - 1) ** 0.5  # one episode: nan
-            means = {name: value.mean(-1).tolist() for name, value in happened.items()} | {
-                "standard_error": errors.tolist()
-            }
+            means = {name: value.mean(-1).tolist() for name, value in happened.items()}
+            means["standard_error"] = errors.tolist()
             for k, (p, (family, strength)) in itertools.product(range(count), enumerate(tested)):
                 row = {"env_id": args.env_id, "policy": policy, "seed": args.seed + k, "perturbation": family}
                 row |= {"strength": strength, "episodes": args.eval_episodes}
@@ -783,10 +782,10 @@ def summarize(rows: list[dict]) -> dict[tuple, dict[str, tuple[float, float, flo
         table.setdefault((row["perturbation"], row["strength"]), {}).setdefault(row["policy"], []).append(row)
     for cells in table.values():
         for policy, seeds in cells.items():
-            rewards, count = [row["reward"] for row in seeds], len(seeds)
-            error, count = (
-                (stats.sem(rewards), count) if count > 1 else (seeds[0]["standard_error"], seeds[0]["episodes"])
-            )
+            rewards = [row["reward"] for row in seeds]
+            error, count = seeds[0]["standard_error"], seeds[0]["episodes"]
+            if len(seeds) > 1:
+                error, count = stats.sem(rewards), len(seeds)
             half = stats.t.ppf(0.975, count - 1) * error if count > 1 else math.nan
             rest = [np.mean([row[name] for row in seeds]) for name in ("left_per_minute", "backlog")]
             cells[policy] = (np.mean(rewards), half, *rest)
@@ -1019,10 +1018,11 @@ def train(env, nets, optimizer, compiled, args: Args, run_dir: Path, wandb_runs:
             norm = measure_norm(replay, filled)
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress)
+        unit = perturbation_unit(norm, args)
         for _ in range(args.updates_per_rollout if iteration * T >= args.warmup else 0):
             batch = prepare(sample(replay, filled, args.batch_size, streams["replay"]), norm, args)
             noise = draw_directions(streams["noise"], env, args)
-            metrics = update_q(nets, optimizer, loss, batch, noise, perturbation_unit(norm, args), args)
+            metrics = update_q(nets, optimizer, loss, batch, noise, unit, args)
             sums, count = add(sums, metrics), count + 1
         bar.update(per_iteration)
         is_done, is_over = step >= args.total_timesteps, bool(stops) or step >= args.total_timesteps
@@ -1095,8 +1095,9 @@ def main() -> None:
         fail(f"--global-q must be action_in with more than 12 lights, got joint with {env.num_agents}")
     if args.global_q == "action_in" and args.regularize != "local" and args.divergence != "l2":
         fail(f"--divergence must be l2 where a global Q of one output is regularised, got {args.divergence!r}")
-    torch._dynamo.config.recompile_limit = 32  # the step is compiled for each network and number of environments
     compiled = partial(torch.compile, fullgraph=True, dynamic=False) if args.compile else lambda f: f
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 32  # the step is compiled for each network and number of environments
     nets, optimizer = make_q(env, args, state)
     run_dir = run_dir or make_run_dir(args)
     wandb_runs = [] if args.evaluate else start_wandb(args, run_dir, run_labels(args))

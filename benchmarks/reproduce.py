@@ -183,6 +183,13 @@ TRAINED = {  # method: flags
     "stackelberg": "--regularizer=stackelberg",
     "ernie_a": "--regularizer=none --action-reg-coef=1",
 }
+
+
+def policy_of(method: str) -> str:
+    """What robustness.csv calls the lights of this method: the regulariser."""
+    return TRAINED[method].split()[0].removeprefix("--regularizer=")
+
+
 STUDY = {  # hyper-parameter of Figures 5c and 5d: its values; at 0 the method is none
     "epsilon": (0.0, 0.03, 0.1, 0.3, 1.0),
     "attack_steps": (0, 1, 3, 5),
@@ -220,7 +227,7 @@ def traffic(where: Where, seeds: tuple[int, int] = (101, 110), study_seeds: tupl
         study[name, value] = start(*traffic_run(f"study_{name}_{value}", flags, study_seeds, 1000, where))
     rows, tables = [], {}
     for method, path in pending.items():
-        policy, path = TRAINED[method].split()[0].split("=")[1], get(path)
+        policy, path = policy_of(method), get(path)
         tables[method], tables["fixed_time"] = (read(path, who, "reward") for who in (policy, "fixed_time"))
         left, backlog = (read(path, policy, column) for column in ("left_per_minute", "backlog"))
         for point, values in tables[method].items():
@@ -239,13 +246,12 @@ def plot_traffic(tables: dict[str, dict], path: Path) -> None:
     """Mean reward of each method at each point with its 95% interval, a panel per kind of change."""
     figure = Figure(figsize=(14, 7.5), layout="constrained")
     for axis, (title, points) in zip(figure.subplots(2, 3).flat, PANELS.items()):
-        for k, (method, table) in enumerate(tables.items()):
-            seen = [(x, table[p]) for x, p in enumerate(points) if p in table]
-            if method == "fixed_time":
-                for x, values in seen:
-                    axis.plot([x - 0.4, x + 0.4], [values[0]] * 2, color="gray", linestyle="--")
-                continue
-            places, values = [x + (k - 2) * 0.14 for x, _ in seen], [v for _, v in seen]
+        for x, point in enumerate(points):
+            for value in tables["fixed_time"].get(point, [])[:1]:
+                axis.plot([x - 0.4, x + 0.4], [value] * 2, color="gray", linestyle="--")
+        for k, method in enumerate(TRAINED):
+            values = [tables[method][point] for point in points]
+            places = np.arange(len(points)) + (k - (len(TRAINED) - 1) / 2) * 0.14
             halves = [interval(v) for v in values]
             axis.errorbar(places, [v.mean() for v in values], halves, fmt="o", markersize=4, capsize=2, label=method)
         names = [
@@ -310,9 +316,9 @@ def traffic_in_sumo(
         seeds: first and last seed of these runs
     """
     where.results_dir.mkdir(parents=True, exist_ok=True)
-    rows, pairs = [], {}
+    rows = []
     for method in methods:
-        policy = TRAINED[method].split()[0].split("=")[1]
+        policy = policy_of(method)
         _, (folder, pattern) = traffic_run(method, "", seeds, 4000, where)
         copy = where.runs_dir / f"in_sumo_{method}"
         copy.mkdir(exist_ok=True)
@@ -320,21 +326,18 @@ def traffic_in_sumo(
         command = [str(ROOT / "ernie_qcombo.py"), f"--evaluate={copy}", "--eval-episodes=1", "--eval-seconds=1000"]
         here = run(command, (copy, "robustness.csv"))
         there = run([*command, "--backend=sumo"], (copy, "robustness_sumo.csv"))
-        for who in (policy, "fixed_time"):
-            torch_table, sumo_table = read(here, who, "reward"), read(there, who, "reward")
-            for point, values in sumo_table.items():
-                pairs.setdefault(method if who == policy else who, []).append(
-                    (torch_table[point].mean(), values.mean())
-                )
-                rows.append([method if who == policy else who, *point, torch_table[point].mean(), values.mean()])
-                rows[-1] += [interval(v) if len(v) > 1 else np.nan for v in (torch_table[point], values)]
+        for who, name in ((policy, method), ("fixed_time", "fixed_time")):
+            ours, theirs = read(here, who, "reward"), read(there, who, "reward")
+            for point, values in theirs.items():
+                halves = [interval(v) if len(v) > 1 else np.nan for v in (ours[point], values)]
+                rows.append([name, *point, ours[point].mean(), values.mean(), *halves])
     columns = ["method", "perturbation", "strength", "torch", "sumo", "torch_interval95", "sumo_interval95"]
     write(where.results_dir / "traffic_in_sumo.csv", columns, rows)
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     axis = figure.add_subplot()
-    for who, values in pairs.items():
-        axis.scatter(*-np.array(values).T, s=16, label=who)
-    every = np.array([pair for values in pairs.values() for pair in values])
+    for name in dict.fromkeys(row[0] for row in rows):
+        axis.scatter(*-np.array([row[3:5] for row in rows if row[0] == name]).T, s=16, label=name)
+    every = np.array([row[3:5] for row in rows])
     low, high = -every.max() * 0.8, -every.min() * 1.25
     correlation = np.corrcoef(np.log(-every).T)[0, 1]
     axis.plot([low, high], [low, high], color="gray", linewidth=0.8)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import ROOT, finish, only, start_script, without_speed
+from commands import ROOT, bad_value, finish, only, refusal, start_script, without_speed
 
 import ermas_bimatrix as script
 from envs import bimatrix
@@ -800,21 +800,12 @@ BAD_VALUES = {
 }
 
 
-def main_with(monkeypatch, capsys, *flags) -> str:
-    """Runs main() in this process, which must end with exit code 2; returns its one line on stderr."""
-    with pytest.raises(SystemExit) as stop:
-        main_here(monkeypatch, *flags)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("ermas_bimatrix.py: error: ")
-    return error
+main_with = partial(refusal, script)
 
 
 @pytest.mark.parametrize("name, value", BAD_VALUES.items())
 def test_bad_value_is_one_line_that_names_the_flag(monkeypatch, capsys, name, value):
-    flag = f"--{name.replace('_', '-')}"
-    error = main_with(monkeypatch, capsys, f"{flag}={value}")
-    assert f"{flag} must be" in error and str(value) in error
+    bad_value(script, monkeypatch, capsys, name, value)
 
 
 def test_every_number_has_a_bad_value():

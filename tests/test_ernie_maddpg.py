@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from commands import ROOT, finish, only, start_script, without_speed
+from commands import ROOT, bad_value, finish, only, refusal, start_script, without_speed
 
 import ernie_maddpg as script
 from envs import particle
@@ -471,20 +471,12 @@ BAD_VALUES = {
 }
 
 
-def main_with(monkeypatch, capsys, *flags) -> str:
-    """Runs main() in this process, which must end with exit code 2; returns its one line on stderr."""
-    monkeypatch.setattr(sys, "argv", ["ernie_maddpg.py", *map(str, flags)])
-    with pytest.raises(SystemExit) as stop:
-        script.main()
-    assert stop.value.code == 2
-    return capsys.readouterr().err
+main_with = partial(refusal, script)
 
 
 @pytest.mark.parametrize("name,value", BAD_VALUES.items())
 def test_bad_value_is_one_line_that_names_the_flag(monkeypatch, capsys, name, value):
-    flag = f"--{name.replace('_', '-')}"
-    error = main_with(monkeypatch, capsys, f"{flag}={value}")
-    assert error.count("\n") == 1 and f"{flag} must be" in error and str(value) in error
+    bad_value(script, monkeypatch, capsys, name, value)
 
 
 def test_every_number_has_a_bad_value():
