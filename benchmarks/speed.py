@@ -9,6 +9,7 @@
     pip install -r requirements-sumo.txt                # SUMO, or it is left out
     python benchmarks/speed.py traffic                  # traffic_grid_v0, IDM and Krauss: about a minute
     python benchmarks/speed.py traffic --grid 2 4 6 --capacity 48 96    # ten minutes
+    python benchmarks/speed.py drones                   # leader_follower_v0 and hover_v0: half a minute
 
 A repeat times every contestant once, for `--seconds` or longer; each repeat starts with another one, and ratios are
 taken within a repeat. Shown are the median and the quartiles over repeats. On a CPU the process is pinned to one core
@@ -40,6 +41,18 @@ of 60 s from second 200 on, when the streets have filled. Ratios are of car upda
     eager, compiled  envs.traffic: random numbers, controller, lights, cars, observations and rewards of B environments
     libsumo          SUMO alone, one simulation of the same scenario: simulationStep, and the lights when they change;
                      without its search for collisions, and nothing is read but the number of cars every tenth second
+
+`drones` counts environment steps (two quadcopters fly 1/48 s, 1/30 s in hover, in substeps of 1/240 s) in episodes of
+242 steps, reset included, with actions drawn beforehand.
+
+    eager, compiled  envs.drones: new state, observation and reward
+    package          gym-pybullet-drones, Physics.PYB: MultiHoverAviary of its main branch, or LeaderFollowerAviary of
+                     v1.0.0, whichever is installed; one environment beside every B
+    crazyflow        the bare simulation (first principles, rotor speeds in) of two drones in each of B worlds, ten
+                     substeps of 1/500 s, without observation, reward or end
+
+A peer that is not installed stands there with the figure recorded earlier, on two shared cores of another machine: its
+ratios compare machines too.
 """
 
 import csv
@@ -57,6 +70,7 @@ from pathlib import Path
 from typing import Literal
 
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # read when torch and jax are imported
+os.environ["SCIPY_ARRAY_API"] = "1"  # crazyflow insists
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -457,8 +471,105 @@ def bench_traffic(
         write_csv(out, rows)
 
 
+# Contestants of `drones`: (task, B, device) -> a function that plays an episode
+
+RECORDED = {  # steps per CPU-second, of gym-pybullet-drones and of crazyflow 0.4.0 at B = 4096 and 10 substeps
+    "package": {"leader_follower_v0": 2359.0, "hover_v0": 1979.0},
+    "crazyflow": {"leader_follower_v0": 429_800.0, "hover_v0": 429_800.0},
+}
+
+
+def swarm(env_id: str, B: int, device: str, compile: bool) -> Callable[[], None]:
+    env = envs.make(env_id, num_envs=B, device=device)
+    step = torch.compile(env.step, fullgraph=True, dynamic=False) if compile else env.step
+    generators = [torch.Generator(device).manual_seed(0)]
+    actions = 2 * torch.rand(env.horizon, B, env.num_agents, env.action_sizes[0], device=device) - 1
+
+    def episode() -> None:
+        state, obs = env.reset(generators)
+        for action in actions:
+            state, obs, reward, terminated, truncated, info = step(state, action, env.draw(generators))
+
+    return episode
+
+
+def package(env_id: str, B: int, device: str) -> Callable[[], None]:
+    actions = np.random.uniform(-1, 1, (242, 2, 1)).astype(np.float32)
+    if env_id == "hover_v0":
+        from gym_pybullet_drones.envs.MultiHoverAviary import MultiHoverAviary
+        from gym_pybullet_drones.utils.enums import ActionType
+
+        env = MultiHoverAviary(act=ActionType.ONE_D_RPM)
+        return player(env.reset, env.step, list(actions))
+    from gym_pybullet_drones.envs.multi_agent_rl.LeaderFollowerAviary import LeaderFollowerAviary
+    from gym_pybullet_drones.envs.single_agent_rl.BaseSingleAgentAviary import ActionType
+
+    env = LeaderFollowerAviary(aggregate_phy_steps=5, act=ActionType.ONE_D_RPM)
+    return player(env.reset, env.step, [dict(enumerate(action)) for action in actions])
+
+
+def crazyflow(env_id: str, B: int, device: str) -> Callable[[], None]:
+    import jax
+    from crazyflow.control import Control
+    from crazyflow.dynamics import Dynamics
+    from crazyflow.sim import Sim
+
+    place = "cpu" if device == "cpu" else "gpu"
+    model = {"dynamics": Dynamics.first_principles, "control": Control.rotor_vel}
+    sim = Sim(n_worlds=B, n_drones=2, device=place, **model)
+    speeds = jax.random.uniform(jax.random.key(0), (B, 2, 4), minval=14_000, maxval=15_000)
+
+    def episode() -> None:
+        sim.reset()
+        for _ in range(242):
+            sim.rotor_vel_control(speeds)
+            sim.step(10)
+        jax.block_until_ready(sim.data.states.pos)
+
+    return episode
+
+
+SWARMS = {"eager": partial(swarm, compile=False), "compiled": partial(swarm, compile=True)}
+
+
+def bench_drones(
+    timing: Timing,
+    env_id: tuple[Literal["leader_follower_v0", "hover_v0"], ...] = ("leader_follower_v0", "hover_v0"),
+    num_envs: tuple[int, ...] = (4096,),
+    out: Path = RESULTS / "speed_drones.csv",
+) -> None:
+    """Environment steps per second of two drones in B `num_envs`, beside one package environment and crazyflow."""
+    clock, rows = prepare(timing), []
+    for task, B in itertools.product(env_id, num_envs):
+        torch.compiler.reset()
+        jobs, rates = {}, {}
+        for name, build in (SWARMS | {"package": package, "crazyflow": crazyflow}).items():
+            try:
+                jobs[name] = build(task, B, timing.device)
+            except ImportError as error:
+                print(f"{name} is not measured ({error})")
+                rates[f"{name}, recorded"] = np.full(timing.repeats, RECORDED[name][task])
+        times = interleave(jobs, timing, clock)
+        rates = {name: (1 if name == "package" else B) * 242 / values for name, values in times.items()} | rates
+        print(f"\n{f'{task} B={B}':31}{'steps/s (quartiles)':27}" + "".join(f"{f'{c} is times':27}" for c in SWARMS))
+        for name, rate in rates.items():
+            row = {"device": timing.device, "env_id": task, "num_envs": B, "name": name, "repeats": len(rate)}
+            row |= quartiles("steps_per_second", rate)
+            for c in SWARMS:
+                row |= quartiles(f"{c}_is_times", rates[c] / rate)
+            print(f"{name:30}", *(text(row, k) for k in ("steps_per_second", *(f"{c}_is_times" for c in SWARMS))))
+            rows.append(row)
+    write_csv(out, rows)
+
+
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
-        {"env": bench_env, "train": bench_train, "games": bench_games, "traffic": bench_traffic},
+        {
+            "env": bench_env,
+            "train": bench_train,
+            "games": bench_games,
+            "traffic": bench_traffic,
+            "drones": bench_drones,
+        },
         config=(tyro.conf.OmitArgPrefixes,),
     )

@@ -1,12 +1,13 @@
 """Replay recorded trajectories of the original simulators against our environments.
 
-    python tests/replay.py KIND FOLDER      KIND: particle, traffic
+    python tests/replay.py KIND FOLDER      KIND: particle, traffic, drones
 
-Every recording in FOLDER (.npz of particle, .json of traffic) must have a format that tests/data/KIND/README.md
+Every recording in FOLDER (.json of traffic, else .npz) must have a format that tests/data/KIND/README.md
 describes. One line per file: the largest error of each quantity and its tolerance. Exit code 0: all within tolerance;
 1: some above, or a file that cannot be read; 2: wrong usage.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -18,12 +19,12 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT.parent))
 
-from envs import particle, traffic  # noqa: E402  (the repository's root must be on the path first)
+from envs import drones, particle, traffic  # noqa: E402  (the repository's root must be on the path first)
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
-def load_index(kind: str, folder: pathlib.Path) -> dict:
+def load_index(kind: str, folder: pathlib.Path) -> dict | list:
     """The folder's own index.json, or the one that comes with the tests; traffic has none."""
     paths = (folder / "index.json", ROOT / "data" / kind / "index.json")
     return next((json.loads(path.read_text()) for path in paths if path.exists()), {})
@@ -313,8 +314,94 @@ def simulate_macro(model: str, rows: int, cols: int, minutes: int, runs: list, m
     return means
 
 
+# ---------------------------------------------------------------------------------------------------------- drones
+
+VERSIONS = {"v1": "v1.0.0", "master": "master", "main": "main"}
+
+
+def recording(path: pathlib.Path, index: list[dict]) -> tuple[dict, drones.Drones, int]:
+    """Its arrays, the environment that plays it, and the number of steps without contact."""
+    data = dict(np.load(path))
+    version, physics, case = path.stem.split("_", 2)
+    info = next((entry for entry in index if entry["file"] == path.name), {})
+    types = [name for name in drones.ACTION_SIZES if case.startswith(f"task_{name}_")]
+    action_type = info.get("action_type", types[0] if types else "raw rpm").lower()
+    for name, array in data.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} has entries that are not finite")
+    env = drones.make(
+        "hover_v0" if version == "main" else "leader_follower_v0",
+        num_envs=1,
+        dtype=torch.float64,
+        num_agents=data["pos"].shape[1],
+        version=VERSIONS[version],
+        physics=physics,
+        action_type="rpm" if action_type == "raw rpm" else action_type,
+        control_hz=info.get("ctrl_hz", 30 if version == "main" else 48),
+    )
+    return data, env, info.get("contact_free_steps", len(data["rpm"]))
+
+
+def recorded_state(env: drones.Drones, data: dict, t: int) -> drones.State:
+    arrays = [data[name][None, t] for name in ("pos", "quat", "vel", "ang_vel")]
+    if t == 0:
+        return env.make_state(*arrays)
+    return env.make_state(*arrays, goal=recorded_state(env, data, 0).goal, t=t)
+
+
+def replay_drones(path: pathlib.Path, index: list[dict]) -> dict[str, tuple[float, float]]:
+    """{quantity: (largest error, tolerance)}. Physics runs freely with the recorded rotor speeds; the controller and
+    the observation get the recorded states, since the closed loop is chaotic."""
+    data, env, steps = recording(path, index)
+    errors = {}
+
+    def compare(quantity: str, ours: torch.Tensor, recorded: np.ndarray, tolerance: float = 1e-9):
+        recorded = torch.as_tensor(recorded)
+        if ours.shape != recorded.shape:
+            raise ValueError(f"{quantity} has shape {list(recorded.shape)}, expected {list(ours.shape)}")
+        error = (ours.double() - recorded.double()).abs().nan_to_num(nan=torch.inf).max().item()
+        errors[quantity] = (max(error, errors.get(quantity, (0.0,))[0]), tolerance)
+
+    def rows(values: torch.Tensor) -> torch.Tensor:
+        return values[..., 0].T
+
+    single = dataclasses.replace(env, dtype=torch.float32)
+    state, rough = recorded_state(env, data, 0), recorded_state(single, data, 0)
+    pid, hover = state.pid, env.env_id == "hover_v0"
+    for t in range(steps):
+        rpm = torch.as_tensor(data["rpm"][t]).T[..., None]
+        if "action" in data:
+            before = dataclasses.replace(recorded_state(env, data, t), pid=pid)
+            command, pid = env.command(before, torch.as_tensor(data["action"][t]).T[..., None])
+            compare("rpm", rows(torch.stack(list(command))), data["rpm"][t])
+            obs = env.observe(recorded_state(env, data, t + 1))[0, :, :12]
+            compare("obs", obs.float() if hover else obs, data["obs"][t + 1], 1e-6 if hover else 1e-9)
+        state = dataclasses.replace(env.advance(state, rpm), t=state.t + 1)
+        compare("position", rows(state.position), data["pos"][t + 1])
+        compare("velocity", rows(state.velocity), data["vel"][t + 1])
+        sign = (rows(state.quaternion) * torch.as_tensor(data["quat"][t + 1])).sum(1, keepdim=True).sign()
+        compare("quaternion", sign * rows(state.quaternion), data["quat"][t + 1])
+        if env.physics == "pyb" or env.version == "main":
+            compare("rates", rows(state.rates), data["ang_vel"][t + 1])
+        if env.physics == "dyn":
+            compare("body rates", rows(state.memory), data["body_rates"][t + 1])
+        reward = env.task.reward(env, state)[0][:, 0]
+        compare("reward", reward[0] if hover else reward, data["reward"][t])
+        ends = dict(zip(("terminated", "truncated"), env.ends(state)))
+        for name in ("terminated", "truncated") if hover else ("truncated",):
+            compare(name, ends[name][0], data[name if hover else "done"][t], 0.0)
+        if t < env.control_hz:
+            rough = single.advance(rough, rpm.float())
+            compare("float32 position", rows(rough.position), data["pos"][t + 1], 1e-4)
+    return errors
+
+
 # (function, files) per kind: function(file, index) -> {quantity: (error, tolerance)}
-REPLAYS = {"particle": (replay_particle, "*.npz"), "traffic": (replay_traffic, "*.json")}
+REPLAYS = {
+    "particle": (replay_particle, "*.npz"),
+    "traffic": (replay_traffic, "*.json"),
+    "drones": (replay_drones, "*.npz"),
+}
 
 
 def main(arguments: list[str]) -> int:

@@ -1,0 +1,731 @@
+"""Crazyflie 2.x quadcopters after gym-pybullet-drones, batched; free flight agrees to 1e-9 in float64.
+
+    env = make("leader_follower_v0", num_envs=4096)
+    state, obs = env.reset([torch.Generator().manual_seed(0)])
+    state, obs, reward, terminated, truncated, info = env.step(state, action, env.draw(generators))
+
+Tasks: `leader_follower_v0` is the package's LeaderFollowerAviary (the task that ERNIE's appendix D.1 names, whose
+settings are not public): the leader hovers 0.5 m above the ground, the followers keep its height. `leader_follower_v1`
+is what those words suggest: the leader chases a moving waypoint and the others keep a distance from it, without
+touching. `hover_v0` is the package's MultiHoverAviary: every drone climbs to a height of its own.
+
+Physics: `dyn`, the package's explicit equations, and `pyb`, what Bullet (pybullet 3.2.7, 240 Hz) makes of a free drone.
+Beside Newton and Euler that is a damping of 4% (in float32) of linear and angular velocity, more at high speed; rotor
+forces along the body's axis of one substep ago; and no component above 100 m/s or rad/s. Contacts are not modelled:
+in `pyb` a drone stops at the ground, which keeps within 3 mm of Bullet while it is level; drones pass through each
+other, which v1 counts and punishes.
+
+Versions of the package (github.com/learnsyslab/gym-pybullet-drones): "v1.0.0" (7688e72), "master" (51caae3, the last
+with LeaderFollowerAviary) and "main" (90b178a). They differ in the inertia that Bullet uses, the order of the motors,
+the attitude update of `dyn` and the meaning of `pid` actions. The `dyn` of the first two reports an angular velocity
+of -1 everywhere; here it is the true one.
+
+Speed, and a GIF of simple controllers:
+
+    python -m envs.drones --compile
+    python -m envs.drones --env-id leader_follower_v1 --num-agents 4 --gif drones.gif
+
+Axes: B environments, N drones, A action entries, O observation entries, H past actions. Tensors inside are batch-last
+and components come first ([3, N, B]), so that elementary operations run along contiguous memory; the interface is
+batch-first. Units: m, s, kg, N, rad; world axes, z upwards; quaternions (x, y, z, w).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from envs import print_speed
+
+MASS, GRAVITY, KF, KM = 0.027, 9.8, 3.16e-10, 7.94e-12  # kg, m/s^2, N/rpm^2, Nm/rpm^2 (cf2x.urdf)
+WEIGHT = MASS * GRAVITY
+HOVER_RPM = math.sqrt(WEIGHT / (4 * KF))
+ARM = {"pyb": 0.028, "dyn": 0.0397 / math.sqrt(2)}  # m, of the rotors along x and y
+DAMPING = 0.03999999910593033  # Bullet's default 0.04 in float32
+TOP = 100.0  # m/s and rad/s, Bullet's limit of each component of velocity and angular velocity
+REST_HEIGHT = 0.0135  # m, of a drone that stands on the ground in Bullet
+URDF_INERTIA = (1.4e-5, 1.4e-5, 2.17e-5)  # kg m^2
+BOX_INERTIA = (3.788324848467e-5, 3.788324848467e-5, 7.144199714232e-5)  # of Bullet's box around the collision shape
+VERSIONS = ("v1.0.0", "master", "main")
+ACTION_SIZES = {"one_d_rpm": 1, "rpm": 4, "vel": 4, "pid": 3}
+PER_ENV = {  # fields that may be a value per environment, and whether they may be zero
+    **dict.fromkeys(("mass", "inertia_scale", "kf", "km"), False),
+    **dict.fromkeys(("gravity", "damping", "gust", "delay", "path_speed"), True),
+}
+# rows: right, up and forwards of a camera that looks from the south-east, 25 degrees downwards
+VIEW = np.array([[0.82, 0.57, 0.0], [-0.24, 0.35, 0.906], [-0.52, 0.74, -0.423]])
+COLOURS = ((200, 80, 70), (66, 110, 190), (70, 160, 80), (150, 90, 170), (90, 170, 180))  # leader, followers
+Vector = Sequence[Tensor]  # components, [N, B] each
+
+
+@dataclasses.dataclass
+class State:
+    position: Tensor  # [3, N, B]
+    quaternion: Tensor  # [4, N, B]
+    velocity: Tensor  # [3, N, B]
+    rates: Tensor  # [3, N, B] angular velocity; `dyn` turns it to world axes by the attitude one substep ago
+    memory: Tensor  # [3, N, B] pyb: the body's z axis one substep ago; dyn: angular velocity in body axes
+    pid: Tensor  # [9, N, B] integrals of the position and attitude errors, roll-pitch-yaw before; else [0, N, B]
+    actions: Tensor  # [H, A, N, B] the newest last
+    gust: Tensor  # [3, 1, B] force, or [0, 1, B]
+    goal: Tensor  # hover: [3, N, B] where to go; v1: [9, 1, B] the waypoint's path; else [0, N, B]
+    t: Tensor  # [B] int64, steps since reset
+
+
+# ------------------------------------------------------------------------------------------------------ rotations
+
+
+def dot(a: Vector, b: Vector) -> Tensor:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def cross(a: Vector, b: Vector) -> list[Tensor]:
+    return [a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]]
+
+
+def multiply(a: Vector, b: Vector) -> list[Tensor]:
+    """Product of two quaternions."""
+    return [*(z + a[3] * y + b[3] * x for x, y, z in zip(a, b, cross(a, b))), a[3] * b[3] - dot(a, b)]
+
+
+def axes_of(q: Vector) -> list[list[Tensor]]:
+    """The body's x, y and z axes in world axes: the columns of the rotation matrix."""
+    x, y, z, w = q
+    return [
+        [1 - 2 * (y * y + z * z), 2 * (x * y + z * w), 2 * (x * z - y * w)],
+        [2 * (x * y - z * w), 1 - 2 * (x * x + z * z), 2 * (y * z + x * w)],
+        [2 * (x * z + y * w), 2 * (y * z - x * w), 1 - 2 * (x * x + y * y)],
+    ]
+
+
+def to_world(axes: list, v: Vector) -> list[Tensor]:
+    return [axes[0][i] * v[0] + axes[1][i] * v[1] + axes[2][i] * v[2] for i in range(3)]
+
+
+def to_body(axes: list, v: Vector) -> list[Tensor]:
+    return [dot(axis, v) for axis in axes]
+
+
+def atan2(y: Tensor, x: Tensor) -> Tensor:
+    """torch.atan2 rounds the last elements of a tensor in another way, so that results would depend on the batch."""
+    return torch.atan(y / x) + torch.where(x < 0, torch.copysign(torch.full_like(y, math.pi), y), 0)
+
+
+def euler(q: Vector) -> list[Tensor]:
+    """Roll, pitch, yaw about fixed axes; near the poles roll is 0 (pybullet's getEulerFromQuaternion)."""
+    x, y, z, w = q
+    sine = 2 * (y * w - x * z)
+    pole = sine.abs() >= 0.99999
+    side = sine.sign()
+    roll = torch.where(pole, 0, atan2(2 * (y * z + x * w), w * w - x * x - y * y + z * z))
+    pitch = torch.where(pole, side * (math.pi / 2), torch.asin(sine.clamp(-1, 1)))
+    yaw = atan2(2 * (x * y + z * w), w * w + x * x - y * y - z * z)
+    return [roll, pitch, torch.where(pole, 2 * atan2(-side * x, side * y), yaw)]
+
+
+def from_euler(rpy: Vector) -> list[Tensor]:
+    (cr, cp, cy), (sr, sp, sy) = ([f(angle / 2) for angle in rpy] for f in (torch.cos, torch.sin))
+    return [
+        sr * cp * cy - cr * sp * sy,
+        cr * sp * cy + sr * cp * sy,
+        cr * cp * sy - sr * sp * cy,
+        cr * cp * cy + sr * sp * sy,
+    ]
+
+
+def turn(w: Vector, dt: float) -> list[Tensor]:
+    """Quaternion of the turn by an angular velocity w in time dt."""
+    speed = dot(w, w).sqrt()
+    scale = torch.sin(speed * (dt / 2)) / speed.clamp_min(1e-12)
+    return [scale * w[0], scale * w[1], scale * w[2], torch.cos(speed * (dt / 2))]
+
+
+def normalized(v: Vector) -> list[Tensor]:
+    """Divided by its length, unless that is 0."""
+    length = sum(x * x for x in v).sqrt()
+    scale = 1 / torch.where(length > 0, length, 1)
+    return [scale * x for x in v]
+
+
+# ----------------------------------------------------------- observations (env, state) -> blocks [k, N, B] of entries
+
+
+def pose(state: State) -> Tensor:
+    """[6, N, B] position and roll, pitch, yaw in the units of LeaderFollowerAviary."""
+    x, y, z = state.position
+    place = [x.clamp(-15, 15) / 15, y.clamp(-15, 15) / 15, z.clamp(0, 5) / 5]
+    return torch.stack([*place, *(angle / math.pi for angle in euler(state.quaternion))])
+
+
+def package_scales(env, state: State) -> list[Tensor]:
+    """LeaderFollowerAviary's 12 entries in [-1, 1]; angular velocity only as a direction."""
+    x, y, z = state.velocity
+    speed = [x.clamp(-3, 3) / 3, y.clamp(-3, 3) / 3, z.clamp(-1, 1) / 3]  # the package divides vz by 3, not 1
+    return [pose(state), torch.stack([*speed, *normalized(state.rates)])]
+
+
+def raw(env, state: State) -> list[Tensor]:
+    """MultiHoverAviary's 12 entries in SI units."""
+    return [state.position, torch.stack(euler(state.quaternion)), state.velocity, state.rates]
+
+
+def relative(env, state: State) -> list[Tensor]:
+    """Own pose, velocity / 3, angular velocity / 10; position / 2 and velocity / 3 of the target (the waypoint, or the
+    leader), seen from the drone; positions / 2 of the other drones, the next one first. All within [-1, 1]."""
+    p, v = state.position, state.velocity
+    target, speed = env.targets(state)
+    others = (p[:, env.others] - p[:, None]).transpose(0, 1).flatten(0, 1)  # [3 (N - 1), N, B]
+    blocks = [v / 3, state.rates / 10, (target - p) / 2, (speed - v) / 3, others / 2]
+    return [pose(state), *(block.clamp(-1, 1) for block in blocks)]
+
+
+# -------------------------------------------------------------------- rewards (env, state) -> [N, B], info
+
+
+def height_reward(env, state: State) -> tuple[Tensor, dict]:
+    """Leader: squared distance to (0, 0, 0.5); followers: a share of their squared difference in height."""
+    x, y, z = state.position
+    leader = x[:1] ** 2 + y[:1] ** 2 + (z[:1] - 0.5) ** 2
+    return -torch.cat((leader, (z[1:] - z[:1]) ** 2 / env.num_agents)), {}
+
+
+def team_reward(env, state: State) -> tuple[Tensor, dict]:
+    """For everybody the sum over drones of 2 - distance^4, at least 0, to their goals."""
+    square = ((state.position - state.goal) ** 2).sum(0)
+    return (2 - square**2).relu().sum(0).expand(env.num_agents, -1), {}
+
+
+def formation_reward(env, state: State) -> tuple[Tensor, dict]:
+    """Leader: squared distance to the waypoint; followers: squared difference of their distance to the leader from
+    `spacing`; both pay for each drone that is too near."""
+    p = state.position
+    distance = ((env.targets(state)[0] - p) ** 2).sum(0).sqrt()  # [N, B]
+    wanted = torch.where(env.is_leader, 0.0, env.spacing)
+    gap = ((p[:, env.others] - p[:, None]) ** 2).sum(0)  # [N - 1, N, B]
+    touching = (gap < env.collision_distance**2).to(p.dtype).sum(0)
+    reward = -((distance - wanted) ** 2) - env.collision_cost * touching
+    return reward, {"distance": distance.T, "collisions": touching.T}
+
+
+# ----------------------------------------------------------------------------------------------------- environment
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    observe: Callable
+    reward: Callable
+    fields: dict  # defaults that differ from those of `Drones`
+
+
+# with v1.0.0's inertia, three times too high, or at higher speeds the velocity controller tumbles
+VELOCITY = {"version": "main", "action_type": "vel", "speed_limit": 0.5, "horizon": 240}
+TASKS = {
+    "leader_follower_v0": Task(package_scales, height_reward, {}),
+    "leader_follower_v1": Task(relative, formation_reward, VELOCITY),
+    "hover_v0": Task(raw, team_reward, {"version": "main", "control_hz": 30, "history": 15}),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drones:
+    """A description without state; `dataclasses.replace(env, mass=0.03)` is the same task with heavier drones. Fields
+    typed `float | Tensor` take a number or a value per environment [B]; controllers and the meaning of actions know the
+    nominal drone only."""
+
+    env_id: str
+    num_envs: int
+    device: str | torch.device = "cpu"
+    dtype: torch.dtype = torch.float32
+    num_agents: int = 2
+    version: str = "v1.0.0"  # of the package: "v1.0.0", "master" or "main"
+    physics: str = "pyb"  # or "dyn"
+    action_type: str = "one_d_rpm"  # or "rpm", "vel", "pid"
+    physics_hz: int = 240  # Hz, substeps
+    control_hz: int = 48  # Hz, steps
+    horizon: int = 242  # steps of an episode (the package's 5 s at 48 Hz, 8 s at 30 Hz)
+    speed_limit: float = 0.25  # m/s of a full `vel` action
+    history: int = 0  # past actions at the end of the observation, oldest first (half a second in hover)
+    mass: float | Tensor = MASS  # kg
+    inertia_scale: float | Tensor = 1.0
+    kf: float | Tensor = KF  # N/rpm^2, thrust
+    km: float | Tensor = KM  # Nm/rpm^2, torque of a motor
+    gravity: float | Tensor = GRAVITY  # m/s^2
+    damping: float | Tensor = DAMPING  # 1/s, of `pyb`
+    wind: Sequence[float] | Tensor = (0.0, 0.0, 0.0)  # N, constant force on every drone [3], or [B, 3]
+    gust: float | Tensor = 0.0  # N, standard deviation along each axis of a force common to the drones
+    gust_time: float = 0.5  # s, its correlation time
+    delay: float | Tensor = 0  # 1: an action takes effect one step later, after a first action of zeros
+    path_speed: float | Tensor = 0.3  # m/s, top speed of v1's waypoint along x and y
+    spacing: float = 0.5  # m, v1's distance between leader and followers
+    collision_distance: float = 0.2  # m between centres (Bullet's cylinders touch at 0.122)
+    collision_cost: float = 1.0
+
+    discrete: ClassVar[bool] = False
+    action_low: ClassVar[float] = -1.0
+    action_high: ClassVar[float] = 1.0
+
+    def __post_init__(self):
+        self._set(device=torch.device(self.device))
+        self._check()
+        for name in PER_ENV:
+            value, tensor = getattr(self, name), torch.as_tensor(getattr(self, name))
+            self._set(**{name: tensor.to(self.device, self.dtype) if tensor.ndim else float(value)})
+        self._build()
+
+    def _set(self, **values):
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # frozen
+
+    def _check(self):
+        counts = ("num_envs", "num_agents", "physics_hz", "control_hz", "horizon")
+        divides = self.physics_hz % max(1, self.control_hz) == 0
+        amounts = ("history", "spacing", "collision_distance", "collision_cost")
+        for name, rule, holds in (
+            *((name, "1 or more", getattr(self, name) >= 1) for name in counts),
+            ("version", f"one of {', '.join(VERSIONS)}", self.version in VERSIONS),
+            ("physics", "pyb or dyn", self.physics in ARM),
+            ("action_type", f"one of {', '.join(ACTION_SIZES)}", self.action_type in ACTION_SIZES),
+            ("control_hz", f"a divisor of physics_hz = {self.physics_hz}", divides),
+            *((name, "positive", 0 < getattr(self, name) < math.inf) for name in ("speed_limit", "gust_time")),
+            *((name, "0 or more", 0 <= getattr(self, name) < math.inf) for name in amounts),
+        ):
+            if not holds:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+        for name, low in PER_ENV.items():
+            value = torch.as_tensor(getattr(self, name))
+            if value.shape not in ((), (self.num_envs,)):
+                raise ValueError(f"{name} must be a number or [num_envs = {self.num_envs}], got {list(value.shape)}")
+            if not bool((((value >= 0) if low else (value > 0)) & value.isfinite()).all()):
+                raise ValueError(f"{name} must be {'0 or more' if low else 'positive'}, got {getattr(self, name)}")
+        delay = torch.as_tensor(self.delay)
+        if not bool(((delay == 0) | (delay == 1)).all()):
+            raise ValueError(f"delay must be 0 or 1, got {self.delay}")
+        wind = torch.as_tensor(self.wind)
+        if wind.shape not in ((3,), (self.num_envs, 3)) or not bool(wind.isfinite().all()):
+            raise ValueError(f"wind must be [3] or [num_envs = {self.num_envs}, 3] and finite, got {self.wind}")
+
+    def _build(self):
+        N, A = self.num_agents, ACTION_SIZES[self.action_type]
+        i = torch.arange(N, device=self.device)
+        names = ["leader_0", *(f"follower_{k}" for k in range(N - 1))]
+        wind = torch.as_tensor(self.wind, dtype=torch.float64).reshape(-1, 3).T[:, None]
+        wind, delay = wind.to(self.device, self.dtype).contiguous(), torch.as_tensor(self.delay)
+        self._set(
+            task=TASKS[self.env_id],
+            agents=tuple(f"drone_{k}" for k in range(N)) if self.env_id == "hover_v0" else tuple(names),
+            action_sizes=(A,) * N,
+            action_mask=torch.ones(N, A, dtype=torch.bool, device=self.device),
+            cooperators=torch.ones(N, dtype=torch.bool, device=self.device),
+            substeps=self.physics_hz // self.control_hz,
+            inertia=BOX_INERTIA if (self.version, self.physics) == ("v1.0.0", "pyb") else URDF_INERTIA,
+            roll_sign=-1.0 if self.version == "main" else 1.0,
+            controlled=self.action_type in ("vel", "pid"),
+            absolute=self.action_type == "pid" and self.version != "v1.0.0",
+            # None where nothing blows or comes late, which then costs nothing
+            breeze=wind if bool((wind != 0).any()) else None,  # [3, 1, 1 or B]
+            gusty=bool((torch.as_tensor(self.gust) > 0).any()),
+            late=delay.to(self.device) > 0 if bool((delay > 0).any()) else None,
+            past=max(self.history, int((delay > 0).any())),  # H
+            others=(i + torch.arange(1, N, device=self.device)[:, None]) % N,  # [N - 1, N]
+            is_leader=(i == 0)[:, None],  # [N, 1]
+        )
+        width = 12 + self.history * A + (3 * (N + 1) if self.env_id == "leader_follower_v1" else 0)
+        self._set(obs_sizes=(width,) * N, obs_mask=torch.ones(N, width, dtype=torch.bool, device=self.device))
+
+    # ------------------------------------------------------------------------------------------------- dynamics
+
+    def advance(self, state: State, rpm: Vector) -> State:
+        """One step of flight at four constant rotor speeds rpm ([4, N, B], not checked)."""
+        p, q, v, w = state.position.unbind(), state.quaternion.unbind(), state.velocity.unbind(), state.rates.unbind()
+        memory, dt = state.memory.unbind(), 1 / self.physics_hz
+        f0, f1, f2, f3 = (r * r for r in rpm)
+        lift = self.kf * (f0 + f1 + f2 + f3) / self.mass
+        arm = self.kf * ARM[self.physics]
+        roll, pitch = self.roll_sign * arm * (f0 + f1 - f2 - f3), arm * (f1 + f2 - f0 - f3)
+        yaw = self.km * (f1 + f3 - f0 - f2)
+        # stacked, so that compiled code computes them once and not from the action in every substep, six times slower
+        lift, roll, pitch, yaw = torch.stack((lift, roll, pitch, yaw))
+        push = [0.0, 0.0, -self.gravity]
+        for force in [self.breeze] * (self.breeze is not None) + [state.gust] * self.gusty:
+            push = [a + f / self.mass for a, f in zip(push, force)]
+        J = [self.inertia_scale * j for j in self.inertia]
+        substep = {"pyb": self._bullet, "dyn": self._explicit}[self.physics]
+        for _ in range(self.substeps):
+            p, q, v, w, memory = substep(p, q, v, w, memory, lift, (roll, pitch, yaw), push, J, dt)
+        parts = {"position": p, "quaternion": normalized(q), "velocity": v, "rates": w, "memory": memory}
+        return dataclasses.replace(state, **{name: torch.stack(list(part)) for name, part in parts.items()})
+
+    def _bullet(self, p, q, v, w, lagged, lift, torque, push, J, dt):
+        """Bullet's free flight. Rotors push along the lagged axis, at arms that turn with the present attitude."""
+        axes = axes_of(q)
+        thrust, (wx, wy, wz) = to_body(axes, lagged), to_body(axes, w)
+        roll, pitch, yaw = torque
+        turning = [
+            (roll * thrust[2] + yaw * thrust[0] - (J[2] - J[1]) * wy * wz) / J[0],
+            (pitch * thrust[2] + yaw * thrust[1] - (J[0] - J[2]) * wz * wx) / J[1],
+            (yaw * thrust[2] - roll * thrust[0] - pitch * thrust[1] - (J[1] - J[0]) * wx * wy) / J[2],
+        ]
+        spin = to_world(axes, turning)
+        drag, brake = (self.damping * (1 + dot(x, x).sqrt()) for x in (v, w))
+        v = [(x + dt * (lift * z + a - drag * x)).clamp(-TOP, TOP) for x, z, a in zip(v, lagged, push)]
+        w = [(x + dt * (a - brake * x)).clamp(-TOP, TOP) for x, a in zip(w, spin)]
+        p = [x + dt * u for x, u in zip(p, v)]
+        grounded = p[2] < REST_HEIGHT
+        v[2] = torch.where(grounded, v[2].relu(), v[2])
+        p[2] = p[2].clamp_min(REST_HEIGHT)
+        return p, multiply(turn(w, dt), q), v, w, axes[2]
+
+    def _explicit(self, p, q, v, _, w, lift, torque, push, J, dt):
+        """The package's explicit equations; w are the body rates. Before "main" they were taken for the derivatives of
+        roll, pitch and yaw. There is no ground."""
+        axes = axes_of(q)
+        gyro = cross(w, [j * x for j, x in zip(J, w)])
+        v = [x + dt * (lift * z + a) for x, z, a in zip(v, axes[2], push)]
+        # without damping this diverges at some hundred rad/s: the clamp keeps what follows finite
+        w = [(x + dt * (m - g) / j).clamp(-10 * TOP, 10 * TOP) for x, m, g, j in zip(w, torque, gyro, J)]
+        p = [x + dt * u for x, u in zip(p, v)]
+        if self.version == "main":
+            q = multiply(q, turn(w, dt))
+        else:
+            q = from_euler([angle + dt * x for angle, x in zip(euler(q), w)])
+        return p, q, v, to_world(axes, w), w
+
+    # ------------------------------------------------------------------------------------------------- control
+
+    def command(self, state: State, action: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Rotor speeds [4, N, B] for an action [A, N, B], and the controller's new memory [9, N, B]."""
+        if self.action_type in ("rpm", "one_d_rpm"):
+            rpm = [HOVER_RPM * (1 + 0.05 * a) for a in action]
+            return rpm if self.action_type == "rpm" else rpm * 4, state.pid
+        rpy = euler(state.quaternion)
+        if self.action_type == "vel":
+            x, y, z = normalized(action[:3])
+            speed = self.speed_limit * action[3].abs()
+            return self._pid(state, rpy, [torch.zeros_like(x)] * 3, [speed * x, speed * y, speed * z], rpy[2])
+        if self.absolute:
+            ahead = [a - x for a, x in zip(action, state.position)]
+            length = dot(ahead, ahead).sqrt()
+            error = [x / length.clamp_min(1) for x in ahead]  # at most 1 m ahead
+        else:
+            error = [0.1 * a for a in action]
+        return self._pid(state, rpy, error, [torch.zeros_like(rpy[0])] * 3, torch.zeros_like(rpy[0]))
+
+    def _pid(self, state: State, rpy: Vector, error: Vector, velocity: Vector, yaw: Tensor):
+        """The package's DSLPIDControl; `error` is the vector to the wanted position."""
+        dt, axes = 1 / self.control_hz, axes_of(state.quaternion)
+        total, total_turn, rpy_before = state.pid[:3], state.pid[3:6], state.pid[6:]
+        limits = (2.0, 2.0, 0.15)
+        total = [(s + dt * e).clamp(-limit, limit) for s, e, limit in zip(total, error, limits)]
+        gains = zip(error, total, velocity, state.velocity, (0.4, 0.4, 1.25), (0.2, 0.2, 0.5), (0, 0, WEIGHT))
+        force = [kp * e + 0.05 * s + kd * (u - v) + lift for e, s, u, v, kp, kd, lift in gains]
+        thrust = dot(force, axes[2]).relu()
+        base = ((thrust / (4 * KF)).sqrt() - 4070.3) / 0.2685
+        z = normalized(force)
+        y = normalized(cross(z, [yaw.cos(), yaw.sin(), torch.zeros_like(yaw)]))
+        wanted = [cross(y, z), y, z]
+        # entries (2, 1), (0, 2), (1, 0) of Rd' R - R' Rd
+        tilt = [dot(wanted[i], axes[j]) - dot(axes[i], wanted[j]) for i, j in ((2, 1), (0, 2), (1, 0))]
+        limits = (1.0, 1.0, 1500.0)
+        total_turn = [(s - dt * e).clamp(-limit, limit) for s, e, limit in zip(total_turn, tilt, limits)]
+        terms = zip(tilt, total_turn, rpy, rpy_before, (7e4, 7e4, 6e4), (0, 0, 500), (2e4, 2e4, 1.2e4))
+        torque = [ki * s - kp * e - kd * (now - then) / dt for e, s, now, then, kp, ki, kd in terms]
+        x, y, z = (t.clamp(-3200, 3200) for t in torque)
+        x, y = 0.5 * self.roll_sign * x, 0.5 * y
+        pwm = [base + x - y - z, base + x + y + z, base - x + y - z, base - x - y + z]
+        return [0.2685 * m.clamp(20000, 65535) + 4070.3 for m in pwm], torch.stack([*total, *total_turn, *rpy])
+
+    def fly(self, state: State, action: Tensor, noise: Tensor | None = None) -> State:
+        """A step without observation, reward and end."""
+        action = torch.stack([a.T for a in action.unbind(2)])  # batch-last in memory too, which permute is not
+        if not self.absolute:
+            action = action.clamp(-1, 1)
+        now, actions, gust = action, state.actions, state.gust
+        if self.past:
+            actions = torch.cat((actions[1:], action[None]))
+        if self.late is not None:
+            now = torch.where(self.late, state.actions[-1], action)
+        if self.gusty:
+            keep = math.exp(-1 / (self.control_hz * self.gust_time))
+            gust = keep * gust + (1 - keep**2) ** 0.5 * self.gust * noise
+        rpm, pid = self.command(state, now)
+        return self.advance(dataclasses.replace(state, pid=pid, actions=actions, gust=gust, t=state.t + 1), rpm)
+
+    # ------------------------------------------------------------------------------------------------ interface
+
+    def make_state(self, position, quaternion=None, velocity=None, rates=None, goal=None, t=0) -> State:
+        """A state from arrays: position, velocity, rates (world axes) [B, N, 3], quaternion [B, N, 4] (level if left
+        out), goal (State's, batch-last), t [B] or a number. Controllers, past actions and gusts are at zero; hover's
+        goals lie 1 / (i + 1) above `position`."""
+        b, N = len(position), self.num_agents
+
+        def rows(values, size):
+            values = torch.zeros(b, N, size) if values is None else torch.as_tensor(values)
+            if values.shape != (b, N, size):
+                raise ValueError(f"arrays of a state must be [B, {N}, 3 or 4], got {list(values.shape)}")
+            return values.to(self.device, self.dtype).permute(2, 1, 0).contiguous()
+
+        def zeros(*shape):
+            return torch.zeros(*shape, b, dtype=self.dtype, device=self.device)
+
+        p, w = rows(position, 3), rows(rates, 3)
+        q = rows(torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(b, N, 4) if quaternion is None else quaternion, 4)
+        axes = axes_of(q)
+        memory = torch.stack(axes[2] if self.physics == "pyb" else to_body(axes, w))
+        if goal is None and self.env_id == "hover_v0":
+            goal = p.clone()
+            goal[2] += 1 / torch.arange(1, N + 1, dtype=self.dtype, device=self.device)[:, None]
+        elif goal is None:
+            goal = zeros(9, 1) if self.env_id == "leader_follower_v1" else zeros(0, N)
+        pid, actions = zeros(9 * self.controlled, N), zeros(self.past, self.action_sizes[0], N)
+        t = torch.as_tensor(t, dtype=torch.int64, device=self.device).expand(b).clone()
+        return State(p, q, rows(velocity, 3), w, memory, pid, actions, zeros(3 * self.gusty, 1), goal, t)
+
+    def _block(self, sample: Callable, generators: list[torch.Generator], *shape: int) -> Tensor:
+        """[*shape, B] whose k-th block of environments is drawn by generator k."""
+        size = self.num_envs // len(generators)
+        parts = [sample(*shape, size, generator=g, device=g.device, dtype=self.dtype) for g in generators]
+        return torch.cat(parts, -1).to(self.device)
+
+    def reset(self, generators: list[torch.Generator]) -> tuple[State, Tensor]:
+        """Generator k alone draws the k-th block of num_envs / len(generators) environments. All drones are level and
+        at rest: in v0 and hover where the package puts them; in v1 the leader near the waypoint and the followers
+        `spacing` to 2 `spacing` around it (further if they are many)."""
+        if self.num_envs % len(generators):
+            raise ValueError(f"num_envs must be a multiple of the {len(generators)} generators, got {self.num_envs}")
+        N, B = self.num_agents, self.num_envs
+        if self.env_id != "leader_follower_v1":
+            place = 0.1588 * torch.arange(N, dtype=torch.float64)
+            position = torch.stack((place, place, torch.full_like(place, 0.1125)), -1)
+            state = self.make_state(position.expand(B, N, 3))
+        else:
+            low = [0.3, 0.3, 0.1, 0.5, 0.5, 0.1, 0, 0, 0]  # amplitude, speed in units of path_speed, phase
+            high = [0.6, 0.6, 0.3, 1, 1, 0.3, *[2 * math.pi] * 3]
+            low, high = torch.tensor([low, high], dtype=self.dtype, device=self.device)[:, :, None, None]
+            goal = low + (high - low) * self._block(torch.rand, generators, 9, 1)
+            state = self.make_state(torch.zeros(B, N, 3), goal=goal)
+            jitter = 0.4 * self._block(torch.rand, generators, 3, 1) - 0.2
+            leader = self.waypoint(state)[0] + jitter
+            where = self._block(torch.rand, generators, 3, N - 1)
+            angle = 2 * math.pi * (torch.arange(N - 1, device=self.device)[:, None] / max(N - 1, 1) + where[0, :1])
+            radius = (1 + where[1]) * max(self.spacing, (N - 1) / (4 * math.pi))
+            around = torch.stack((radius * angle.cos(), radius * angle.sin(), 0.4 * where[2] - 0.2))
+            state.position = torch.cat((leader, leader + around), 1)
+        if self.gusty:
+            state.gust = self.gust * self._block(torch.randn, generators, 3, 1)
+        return state, self.observe(state)
+
+    def draw(self, generators: list[torch.Generator]) -> Tensor | None:
+        """The random numbers of one step: standard normal [3, 1, B] for the gust, if there is any."""
+        return self._block(torch.randn, generators, 3, 1) if self.gusty else None
+
+    def waypoint(self, state: State) -> tuple[Tensor, Tensor]:
+        """Position and velocity [3, 1, B] of v1's waypoint, which swings around (0, 0, 1)."""
+        amplitude, speed, phase = state.goal.unflatten(0, (3, 3))
+        speed = self.path_speed * speed
+        angle = speed / amplitude * (state.t.to(self.dtype) / self.control_hz) + phase
+        x, y, z = amplitude * angle.sin()
+        return torch.stack((x, y, z + 1)), speed * angle.cos()
+
+    def targets(self, state: State) -> tuple[Tensor, Tensor]:
+        """Position and velocity [3, N, B] of what each of v1's drones follows."""
+        places = zip(self.waypoint(state), (state.position, state.velocity))
+        both = [torch.where(self.is_leader, point, leader[:, :1]) for point, leader in places]
+        return both[0], both[1]
+
+    def observe(self, state: State) -> Tensor:
+        """[B, N, O] (a view of [O, N, B])."""
+        past = state.actions[self.past - self.history :].flatten(0, 1)
+        return torch.cat([*self.task.observe(self, state), past]).permute(2, 1, 0)
+
+    def ends(self, state: State) -> tuple[Tensor, Tensor]:
+        """terminated, truncated [B]. Hover ends when all are at their goals to 0.1 mm, or one is too far or tilted."""
+        truncated = state.t >= self.horizon
+        if self.env_id != "hover_v0":
+            return torch.zeros_like(truncated), truncated
+        x, y, z = state.position
+        roll, pitch, _ = euler(state.quaternion)
+        lost = (x.abs() > 2) | (y.abs() > 2) | (z > 2) | (roll.abs() > 0.4) | (pitch.abs() > 0.4)
+        there = ((state.position - state.goal) ** 2).sum(0).sqrt().sum(0) < 1e-4
+        return there, truncated | lost.any(0)
+
+    def step(self, state: State, action: Tensor, noise: Tensor | None = None):
+        """action [B, N, A] (clipped to [-1, 1], except points that `pid` is to fly to), noise from `draw`.
+
+        Returns state, obs [B, N, O], reward [B, N], terminated [B], truncated [B], info (v1: "distance" to the target
+        and "collisions", the number of drones that are too near, [B, N] each). Hover stands still after its end,
+        without reward, so that all episodes take `horizon` steps and the sum of rewards is the package's return.
+        """
+        new = self.fly(state, action, noise)
+        reward, info = self.task.reward(self, new)
+        if self.env_id == "hover_v0":
+            terminated, truncated = self.ends(state)
+            over = terminated | truncated
+            kept = {name: torch.where(over, getattr(state, name), value) for name, value in vars(new).items()}
+            new, reward = State(**kept | {"t": new.t}), torch.where(over, 0, reward)
+        terminated, truncated = self.ends(new)
+        return new, self.observe(new), reward.T, terminated, truncated, info
+
+    def global_state(self, state: State) -> Tensor:
+        """[B, N O] for centralised critics: the observations of all drones."""
+        return self.observe(state).flatten(1)
+
+    def render(self, state: State, index: int = 0, past: Sequence[State] = (), size: int = 400) -> np.ndarray:
+        """[size, size, 3] uint8 picture of one environment from above the side: drones (larger than life), their
+        shadows and heights, trails through `past` states, and as crosses what a leader or hover's drones are to
+        reach."""
+        big, centre = 3 * size, np.array([0.0, 0.0, 0.6])  # drawn large and scaled down, which smooths
+        image = Image.new("RGB", (big, big), "white")
+        draw, x, y = ImageDraw.Draw(image), *np.eye(3)[:2]
+
+        def numbers(tensor: Tensor) -> np.ndarray:
+            return tensor[..., index].T.double().cpu().numpy()
+
+        def pixels(points) -> list[tuple[float, float]]:
+            right, up, depth = VIEW @ (np.reshape(points, (-1, 3)) - centre).T
+            scale = big / (2.2 * reach + 0.4 * depth)
+            return list(zip(big / 2 + scale * right, big / 2 - scale * up))
+
+        def line(points, colour, width: float = 1.0):
+            draw.line(pixels(points), fill=colour, width=round(width * big / 400), joint="curve")
+
+        def disc(middle, along, across, colour):
+            angle = np.linspace(0, 2 * np.pi, 25)[:, None]
+            draw.polygon(pixels(middle + np.cos(angle) * along + np.sin(angle) * across), fill=colour)
+
+        position = numbers(state.position)  # [N, 3]
+        reach = max(1.0, np.abs(position - centre).max() + 0.2)
+        for k in reach * np.linspace(-1, 1, 9):
+            line((k * x - reach * y, k * x + reach * y), (225, 225, 225))
+            line((k * y - reach * x, k * y + reach * x), (225, 225, 225))
+        goals = numbers(state.goal) if self.env_id == "hover_v0" else np.array([[0.0, 0.0, 0.5]])
+        if self.env_id == "leader_follower_v1":
+            times = torch.linspace(0, self.horizon, 100, device=self.device)
+            path = [self.waypoint(dataclasses.replace(state, t=t.expand_as(state.t)))[0] for t in times]
+            line([numbers(point)[0] for point in path], (245, 205, 140))
+            goals = numbers(self.waypoint(state)[0])
+        colours = [COLOURS[i % len(COLOURS)] for i in range(self.num_agents)]
+        trails = np.stack([numbers(s.position) for s in (*past, state)], 1)  # [N, T, 3]
+        for p, trail, colour in zip(position, trails, colours):
+            disc(p * (x + y), 0.05 * x, 0.05 * y, (190, 190, 190))
+            line((p * (x + y), p), (210, 210, 210))
+            line(trail, tuple((c + 255) // 2 for c in colour), 1.5)
+        for goal, spike in ((goal, spike) for goal in goals for spike in 0.06 * np.eye(3)):
+            line((goal - spike, goal + spike), (235, 150, 40), 2)
+        ahead, aside, _ = (numbers(torch.stack(axis)) for axis in axes_of(state.quaternion))
+        for i in np.argsort(-position @ VIEW[2]):  # far ones first
+            for a, b in ((1, 1), (-1, -1), (1, -1), (-1, 1)):
+                rotor = position[i] + 0.08 * (a * ahead[i] + b * aside[i])
+                line((position[i], rotor), (60, 60, 60), 1.5)
+                disc(rotor, 0.05 * ahead[i], 0.05 * aside[i], colours[i])
+        seconds = f"{int(state.t[index]) / self.control_hz:.1f} s"
+        draw.text((big * 0.02, big * 0.02), seconds, "black", ImageFont.load_default(big // 30))
+        return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))
+
+
+def make(
+    env_id: str,
+    num_envs: int,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    num_agents: int | None = None,
+    continuous_actions: bool = True,
+    **fields,
+) -> Drones:
+    """`fields` are those of `Drones` by name. Actions are always continuous: continuous_actions, which other
+    environments know, is ignored.
+
+    Raises ValueError for an unknown task or field, or a value that is out of range."""
+    if env_id not in TASKS:
+        raise ValueError(f"env_id must be one of {', '.join(TASKS)}, got {env_id!r}")
+    known = [field.name for field in dataclasses.fields(Drones)[5:]]
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"fields of {env_id} are {', '.join(known)}, got {name!r}")
+    number = {} if num_agents is None else {"num_agents": num_agents}
+    return Drones(env_id, num_envs, device, dtype, **TASKS[env_id].fields | number | fields)
+
+
+def simple_controller(env: Drones, state: State) -> Tensor:
+    """Action [B, N, A] of a proportional-derivative controller towards what the task asks for, of any action type: a
+    baseline that needs no learning."""
+    p, v = state.position, state.velocity
+    speed = torch.zeros_like(v)
+    if env.env_id == "leader_follower_v1":
+        aim, speed = env.targets(state)
+        aim = aim + torch.where(env.is_leader, 0.0, env.spacing) * torch.stack(normalized(p - aim))
+    elif env.env_id == "hover_v0":
+        aim = state.goal + 1e-3  # not exactly there, which would end the episode and its rewards
+    else:
+        x, y, z = p
+        aim = torch.stack((x * ~env.is_leader, y * ~env.is_leader, torch.where(env.is_leader, 0.5, z[:1])))
+    if env.action_type == "pid":
+        action = aim if env.absolute else (aim - p) / 0.1
+    elif env.action_type == "vel":
+        wanted = speed + 3 * (aim - p)
+        size = wanted.square().sum(0, keepdim=True).sqrt() / env.speed_limit
+        action = torch.cat((wanted / env.speed_limit / size.clamp_min(1), size.clamp_max(1)))
+    else:
+        action = (100 * (aim[2] - p[2]) + 30 * (speed[2] - v[2])).expand(env.action_sizes[0], -1, -1)
+    return action.clamp(-1, 1).permute(2, 1, 0)
+
+
+def write_gif(env: Drones, path: str):
+    """One episode of environment 0 under the simple controller, every fourth step."""
+    generator = torch.Generator().manual_seed(0)
+    state, _ = env.reset([generator])
+    states, frames = [state], []
+    for t in range(env.horizon):
+        state, *_ = env.step(state, simple_controller(env, state), env.draw([generator]))
+        states.append(state)
+        if t % 4 == 0:
+            frames.append(Image.fromarray(env.render(state, past=states[-60:])))
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=4000 // env.control_hz, loop=0)
+
+
+def main(
+    env_id: str = "leader_follower_v0",
+    num_envs: int = 4096,
+    num_agents: int | None = None,
+    physics: str = "pyb",
+    action_type: str | None = None,
+    device: str = "cpu",
+    threads: int = 1,
+    compile: bool = False,
+    seconds: float = 2.0,
+    gif: str | None = None,
+):
+    """Measure env steps/s with random actions, and write a GIF of the simple controller.
+
+    Args:
+        env_id: one of the tasks
+        num_envs: environments in the batch
+        num_agents: drones
+        physics: pyb or dyn
+        action_type: one_d_rpm, rpm, vel or pid; default: the task's
+        device: torch device
+        threads: CPU threads
+        compile: measure the compiled step too
+        seconds: how long to measure
+        gif: where to write the GIF
+    """
+    torch.set_num_threads(threads)
+    fields = {"physics": physics} | ({"action_type": action_type} if action_type else {})
+    env = make(env_id, num_envs, device, num_agents=num_agents, **fields)
+    print(f"{env_id}, {env.num_agents} drones, {physics}, {env.action_type}, B = {num_envs}, {threads} threads")
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_envs, env.num_agents, env.action_sizes[0])
+    actions = [(2 * torch.rand(shape, generator=generator) - 1).to(env.device) for _ in range(5)]
+    print_speed(env, actions, seconds, compile)
+    if gif:
+        write_gif(dataclasses.replace(env, num_envs=1), gif)
+        print(f"wrote {gif}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
