@@ -611,6 +611,7 @@ NETWORKS = {  # where the trained lights are set up, tiled (paper, Figures 2a, 2
     "atlanta": {"env_id": "traffic_atlanta_v0"},
 }
 Points = list[tuple[str, float | str]]  # perturbation and strength
+DRIVER = "local"  # the networks that drive the lights
 
 
 def make_traffic(args: Args, num_envs: int, device: torch.device, **fields):
@@ -686,9 +687,8 @@ def tile(nets: Nets, norm: Tensor, env, args: Args) -> tuple[Nets, Tensor]:
     trained = make_traffic(replace(args, backend="torch"), 1, env.device)
     light = torch.arange(env.num_agents, device=env.device)
     index = light // env.cols % trained.rows * trained.cols + light % env.cols % trained.cols
-    local = nets["local"]
-    flat = local.flat.detach().unflatten(0, (args.num_seeds, -1))[:, index].flatten(0, 1)
-    return nets | {"local": MLP(flat, local.sizes)}, norm[:, index]
+    flat = nets[DRIVER].flat.detach().unflatten(0, (args.num_seeds, -1))[:, index].flatten(0, 1)
+    return nets | {DRIVER: MLP(flat, nets[DRIVER].sizes)}, norm[:, index]
 
 
 @torch.no_grad()
@@ -809,7 +809,7 @@ def plot_lights(table: dict[tuple, dict[str, tuple]], args: Args, path: Path) ->
         axis.grid(alpha=0.3)
     figure.axes[-1].legend(fontsize="small")
     figure.supylabel("reward of all lights in a second")
-    figure.suptitle(f"{args.env_id}, QCOMBO {args.regularizer}, {args.num_seeds} seed{'s' * (args.num_seeds > 1)}")
+    figure.suptitle(f"{args.env_id}, {args.regularizer}, {args.num_seeds} seed{'s' * (args.num_seeds > 1)}")
     figure.savefig(path, dpi=110)
 
 
