@@ -3,6 +3,7 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/reproduce.py particle                       # ERNIE, Figures 3 and 9: MADDPG, observation noise
     python benchmarks/reproduce.py traffic                        # ERNIE, Figures 1, 2, 5 and Tables 3, 4: QCOMBO
+    python benchmarks/reproduce.py traffic --algorithm coma       # ERNIE, Figure 7 and Tables 2, 3, 4: COMA
     python benchmarks/reproduce.py ladder --sumo                  # traffic: simple controllers, in SUMO too
     python benchmarks/reproduce.py traffic-in-sumo                # the runs of `traffic` driven in SUMO
     python benchmarks/reproduce.py particle --ray-address auto    # the same on a Ray cluster
@@ -21,6 +22,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -174,9 +176,9 @@ def plot_particle(task: str, tables: dict[str, dict], folder: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# traffic: ernie_qcombo.py
+# traffic: ernie_qcombo.py and ernie_coma.py
 
-TRAINED = {  # method: flags
+TRAINED = {  # method: flags; ERNIE-A is QCOMBO's only
     "none": "--regularizer=none",
     "gaussian": "--regularizer=gaussian",
     "adversarial": "--regularizer=adversarial",
@@ -204,27 +206,37 @@ PANELS = {
 }
 
 
-def traffic_run(method: str, flags: str, seeds: tuple[int, int], seconds: int, where: Where) -> tuple:
+def traffic_run(method: str, flags: str, seeds: tuple[int, int], seconds: int, where: Where, script="qcombo") -> tuple:
     """Command and result of a run, evaluated for so many seconds after 1,000 s of random switching."""
-    command = [str(ROOT / "ernie_qcombo.py"), f"--exp-name={method}", *flags.split(), "--compile", "--no-track"]
+    method = method if script == "qcombo" else f"{script}_{method}"
+    command = [str(ROOT / f"ernie_{script}.py"), f"--exp-name={method}", *flags.split(), "--compile", "--no-track"]
     command += [f"--seed={seeds[0]}", f"--num-seeds={seeds[1] - seeds[0] + 1}", f"--runs-dir={where.runs_dir}"]
     command += ["--eval-episodes=1", f"--eval-seconds={seconds}", "--log-interval=64000"]
     return command, (where.runs_dir, f"traffic_grid_v0__{method}__{seeds[0]}__*/robustness.csv")
 
 
-def traffic(where: Where, seeds: tuple[int, int] = (101, 110), study_seeds: tuple[int, int] = (101, 103)) -> None:
-    """Reward on changed speeds, flows, networks, observations and actions for every method of ernie_qcombo.py.
+def traffic(
+    where: Where,
+    algorithm: Literal["qcombo", "coma"] = "qcombo",
+    seeds: tuple[int, int] = (101, 110),
+    study_seeds: tuple[int, int] = (101, 103),
+) -> None:
+    """Reward on changed speeds, flows, networks, observations and actions for every method of a traffic script.
 
     Args:
+        algorithm: of ernie_qcombo.py or ernie_coma.py
         seeds: first and last seed of the figures
-        study_seeds: first and last seed of the study of epsilon and K
+        study_seeds: first and last seed of the study of epsilon and K (QCOMBO)
     """
     start, get = remote(where)
-    pending = {method: start(*traffic_run(method, flags, seeds, 4000, where)) for method, flags in TRAINED.items()}
-    study = {("none", 0): start(*traffic_run("study_none", TRAINED["none"], study_seeds, 1000, where))}
-    for name, value in ((name, value) for name, values in STUDY.items() for value in values if value):
-        flags = f"{TRAINED['stackelberg']} --{name.replace('_', '-')}={value}"
-        study[name, value] = start(*traffic_run(f"study_{name}_{value}", flags, study_seeds, 1000, where))
+    methods = {m: flags for m, flags in TRAINED.items() if algorithm == "qcombo" or m != "ernie_a"}
+    pending = {m: start(*traffic_run(m, flags, seeds, 4000, where, algorithm)) for m, flags in methods.items()}
+    study = {}
+    if algorithm == "qcombo":
+        study["none", 0] = start(*traffic_run("study_none", TRAINED["none"], study_seeds, 1000, where))
+        for name, value in ((name, value) for name, values in STUDY.items() for value in values if value):
+            flags = f"{TRAINED['stackelberg']} --{name.replace('_', '-')}={value}"
+            study[name, value] = start(*traffic_run(f"study_{name}_{value}", flags, study_seeds, 1000, where))
     rows, tables = [], {}
     for method, path in pending.items():
         policy, path = policy_of(method), get(path)
@@ -235,11 +247,14 @@ def traffic(where: Where, seeds: tuple[int, int] = (101, 110), study_seeds: tupl
             row = [method, *point, values.mean(), interval(values), middle, values.min()]
             rows.append([*row, left[point].mean(), backlog[point].mean(), fixed, len(values)])
     columns = ["method", "perturbation", "strength", "reward", "interval95", "interquartile_mean", "worst_seed"]
-    write(where.results_dir / "traffic.csv", [*columns, "left_per_minute", "backlog", "fixed_time", "seeds"], rows)
-    plot_traffic(tables, where.results_dir / "traffic.png")
-    plot_percentiles(tables, where.results_dir / "traffic_percentiles.png")
-    results = {key: read(get(path), "stackelberg" if key[1] else "none", "reward") for key, path in study.items()}
-    plot_study(results, where.results_dir)
+    stem = where.results_dir / ("traffic" if algorithm == "qcombo" else f"traffic_{algorithm}")
+    columns += ["left_per_minute", "backlog", "fixed_time", "seeds"]
+    write(stem.with_suffix(".csv"), columns, rows)
+    plot_traffic(tables, stem.with_suffix(".png"))
+    plot_percentiles(tables, stem.with_name(f"{stem.name}_percentiles.png"))
+    if study:
+        results = {key: read(get(path), "stackelberg" if key[1] else "none", "reward") for key, path in study.items()}
+        plot_study(results, where.results_dir)
 
 
 def plot_traffic(tables: dict[str, dict], path: Path) -> None:
@@ -249,9 +264,10 @@ def plot_traffic(tables: dict[str, dict], path: Path) -> None:
         for x, point in enumerate(points):
             for value in tables["fixed_time"].get(point, [])[:1]:
                 axis.plot([x - 0.4, x + 0.4], [value] * 2, color="gray", linestyle="--")
-        for k, method in enumerate(TRAINED):
+        methods = [method for method in TRAINED if method in tables]
+        for k, method in enumerate(methods):
             values = [tables[method][point] for point in points]
-            places = np.arange(len(points)) + (k - (len(TRAINED) - 1) / 2) * 0.14
+            places = np.arange(len(points)) + (k - (len(methods) - 1) / 2) * 0.14
             halves = [interval(v) for v in values]
             axis.errorbar(places, [v.mean() for v in values], halves, fmt="o", markersize=4, capsize=2, label=method)
         names = [
@@ -273,7 +289,7 @@ def plot_percentiles(tables: dict[str, dict], path: Path) -> None:
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     points = [("clean", "0.0"), ("speed", "30.0"), ("gaussian", "1.0"), ("flip_each", "0.05")]
     for axis, point in zip(figure.subplots(1, len(points)), points):
-        for method in TRAINED:
+        for method in (method for method in TRAINED if method in tables):
             values = np.sort(tables[method][point])
             axis.plot(
                 100 * (np.arange(len(values)) + 0.5) / len(values), values, marker="o", markersize=3, label=method

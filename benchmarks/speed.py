@@ -9,6 +9,7 @@
     pip install -r requirements-sumo.txt                # SUMO, or it is left out
     python benchmarks/speed.py traffic                  # traffic_grid_v0, IDM and Krauss: about a minute
     python benchmarks/speed.py traffic --grid 2 4 6 --capacity 48 96    # ten minutes
+    python benchmarks/speed.py coma                     # ernie_coma.py, in SUMO too where it is installed: two minutes
     python benchmarks/speed.py drones                   # leader_follower_v0 and hover_v0: half a minute
 
 A repeat times every contestant once, for `--seconds` or longer; each repeat starts with another one, and ratios are
@@ -41,6 +42,10 @@ of 60 s from second 200 on, when the streets have filled. Ratios are of car upda
     eager, compiled  envs.traffic: random numbers, controller, lights, cars, observations and rewards of B environments
     libsumo          SUMO alone, one simulation of the same scenario: simulationStep, and the lights when they change;
                      without its search for collisions, and nothing is read but the number of cars every tenth second
+
+`coma` counts environment steps per second of ernie_coma.py's training loop, rollout, update and all, on 2x2 lights: in
+the batched simulator, and the same loop on one SUMO process. Seconds are the clock's on the wall, since SUMO's process
+has a CPU time of its own.
 
 `drones` counts environment steps (two quadcopters fly 1/48 s, 1/30 s in hover, in substeps of 1/240 s) in episodes of
 242 steps, reset included, with actions drawn beforehand.
@@ -81,6 +86,7 @@ from matplotlib.figure import Figure
 
 import envs
 import ermas_bimatrix
+import ernie_coma
 import ernie_maddpg as script
 from envs import sumo
 from envs.traffic import Traffic, fixed_time
@@ -471,6 +477,59 @@ def bench_traffic(
         write_csv(out, rows)
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# coma: the training loop of ernie_coma.py
+
+
+def coma_loop(timing: Timing, num_envs: int, regularizer: str, backend: str = "torch") -> Callable[[], None]:
+    """A rollout and its update."""
+    args = ernie_coma.Args(num_envs=num_envs, regularizer=regularizer, evaluate="none", backend=backend)
+    device = torch.device(timing.device)
+    env = ernie_coma.make_traffic(args, num_envs, device, horizon=10**6)
+    step = torch.compile(env.step, fullgraph=True, dynamic=False) if backend == "torch" else env.step
+    nets, optimizers = ernie_coma.make_coma(env, args)
+    generators = ernie_coma.make_generators(args.seed, 1, "speed", device)
+    norm = torch.tensor([0.0, 1.0], device=device)[:, None].expand(1, env.num_agents, 2, env.obs_mask.shape[1])
+    losses = {"critic": ernie_coma.coma_critic_loss, "actor": ernie_coma.coma_actor_loss}
+    schedule = torch.tensor([args.exploration, args.entropy_coef], device=device)
+    now = list(env.reset(generators))
+
+    def turn() -> None:
+        rest = (nets["actor"], norm, *now, schedule[0], 0, generators, args)
+        rollout, now[0], now[1], _ = ernie_coma.play_rollout(step, env, *rest)
+        noise = ernie_coma.draw_attack(generators, env, args)
+        ernie_coma.update_coma(nets, optimizers, losses, rollout, norm, schedule, noise, 0, env, args)
+
+    return turn
+
+
+def bench_coma(
+    timing: Timing, num_envs: tuple[int, ...] = (1, 32, 320), out: Path = RESULTS / "speed_coma.csv"
+) -> None:
+    """Environment steps per second of the training loop with B `num_envs`, beside one SUMO process."""
+    prepare(timing)
+    jobs, sizes, rows = {}, {}, []
+    for B, mode in itertools.product(num_envs, ("none", "stackelberg")):
+        jobs[f"{mode}, B={B}"], sizes[f"{mode}, B={B}"] = coma_loop(timing, B, mode), B
+    try:
+        sumo.require_sumo()
+        for mode in ("none", "stackelberg"):
+            jobs[f"{mode}, SUMO"], sizes[f"{mode}, SUMO"] = coma_loop(timing, 1, mode, "sumo"), 1
+    except ImportError as error:
+        print(f"SUMO is not measured ({error})")
+    times = interleave(jobs, timing, time.perf_counter)
+    steps = ernie_coma.Args().rollout_steps
+    rates = {name: sizes[name] * steps / values for name, values in times.items()}
+    print(f"\n{'':31}{'env steps/s (quartiles)':27}times SUMO")
+    for name, rate in rates.items():
+        row = {"device": timing.device, "name": name, "repeats": len(rate)} | quartiles("steps_per_second", rate)
+        base = rates.get(f"{name.split(',')[0]}, SUMO")
+        row |= quartiles("times_sumo", np.full_like(rate, np.nan) if base is None else rate / base)
+        print(f"{name:30}", *(text(row, k) for k in ("steps_per_second", "times_sumo")))
+        rows.append(row)
+    write_csv(out, rows)
+
+
 # Contestants of `drones`: (task, B, device) -> a function that plays an episode
 
 RECORDED = {  # steps per CPU-second, of gym-pybullet-drones and of crazyflow 0.4.0 at B = 4096 and 10 substeps
@@ -569,6 +628,7 @@ if __name__ == "__main__":
             "train": bench_train,
             "games": bench_games,
             "traffic": bench_traffic,
+            "coma": bench_coma,
             "drones": bench_drones,
         },
         config=(tyro.conf.OmitArgPrefixes,),

@@ -13,7 +13,7 @@ def definitions(path: Path) -> dict[str, str]:
 
 
 def clashes(
-    sources: dict[str, dict[str, str]], own: tuple[str, ...] = ("Args", "run_labels", "train", "main")
+    sources: dict[str, dict[str, str]], own: tuple[str, ...] = ("Args", "run_labels", "act", "train", "main")
 ) -> list[str]:
     """Names defined differently in two scripts; `own` names are parts of every script that differ."""
     seen, found = {}, []
