@@ -358,6 +358,9 @@ def traffic_in_sumo(
     correlation = np.corrcoef(np.log(-every).T)[0, 1]
     axis.plot([low, high], [low, high], color="gray", linewidth=0.8)
     axis.set(xscale="log", yscale="log", xlabel="cost in the batched simulator", ylabel="cost in SUMO")
+    ticks = [tick for tick in (20, 30, 50, 100, 200, 300, 500) if low < tick < high]
+    axis.minorticks_off()
+    axis.set(xticks=ticks, yticks=ticks, xticklabels=ticks, yticklabels=ticks)
     axis.set_title(
         f"minus the reward of all lights in a second; correlation of logarithms {correlation:.3f}", fontsize=9
     )

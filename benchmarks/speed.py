@@ -72,6 +72,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # read when torch and jax are imported
@@ -493,6 +494,8 @@ def coma_loop(timing: Timing, num_envs: int, regularizer: str, backend: str = "t
     losses = {"critic": ernie_coma.coma_critic_loss, "actor": ernie_coma.coma_actor_loss}
     schedule = torch.tensor([args.exploration, args.entropy_coef], device=device)
     now = list(env.reset(generators))
+    names = ("num_agents", "obs_mask", "action_mask", "discrete", "cooperators", "device", "draw")
+    env = SimpleNamespace(**{name: getattr(env, name) for name in names}, dtype=now[1].dtype)  # SUMO's is float64
 
     def turn() -> None:
         rest = (nets["actor"], norm, *now, schedule[0], 0, generators, args)
