@@ -593,17 +593,15 @@ def play_rollout(
 
 @torch.no_grad()
 def random_play(step, env, args: Args) -> Batch:
-    """Replay of an episode of random actions, for the norm of observations; lights switch every tenth second with
-    probability 1/2, as in the warm-up of the paper's code."""
-    S, B, T = args.num_seeds, args.num_envs, args.horizon if args.is_traffic else env.horizon
-    streams = make_generators(args.seed, S, "norm", env.device, RANK)
-    replay = make_replay(env, S, B, T)
+    """Observations of an episode of random actions, as in a replay, for their norm; lights switch every tenth second
+    with probability 1/2, as in the warm-up of the paper's code."""
+    streams, seen = make_generators(args.seed, args.num_seeds, "norm", env.device, RANK), []
     state, obs = (replace(env, warmup=0) if args.is_traffic else env).reset(streams)
-    for t in range(T):
-        replay["obs"][:, :, t] = obs.unflatten(0, (S, B))
+    for t in range(args.horizon if args.is_traffic else env.horizon):
+        seen.append(obs)
         action = perturb.random_actions(env, streams) * (t % 10 == 0 or not args.is_traffic)
         state, obs, *_ = step(state, action, env.draw(streams))
-    return replay
+    return {"obs": torch.stack([*seen, obs], 1).unflatten(0, (args.num_seeds, -1))}
 
 
 def outcome(reward: Tensor, info: Batch) -> Batch:

@@ -1,11 +1,14 @@
-"""What the tests of all scripts share: starting one as a user does, and reading what it left."""
+"""What the tests of all scripts share: starting one as a user does and reading what it left, networks and gradients by
+hand."""
 
+import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,3 +53,21 @@ def only(tmp_path) -> Path:
 
 def without_speed(rows):
     return [{name: value for name, value in row.items() if name != "charts/SPS"} for row in rows]
+
+
+def plain(net, row, x, activation=torch.tanh):
+    """Output of one of the networks for one input [in]: weights and biases of its layers in a row."""
+    at = 0
+    for k, (n_in, n_out) in enumerate(itertools.pairwise(net.sizes)):
+        weight = net.flat[row, at : at + n_in * n_out].view(n_out, n_in)
+        bias = net.flat[row, at + n_in * n_out : at + (n_in + 1) * n_out]
+        at += (n_in + 1) * n_out
+        x = weight @ x + bias
+        x = activation(x) if k < len(net.sizes) - 2 else x
+    return x
+
+
+def fourth_order(function, h=1e-5):
+    """Derivative at 0."""
+    a, b, c, d = (function(k * h) for k in (2, 1, -1, -2))
+    return (-a + 8 * b - 8 * c + d) / (12 * h)

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import ROOT, bad_value, finish, only, refusal, start_script, without_speed
+from commands import ROOT, bad_value, finish, fourth_order, only, plain, refusal, start_script, without_speed
 
 import ernie_coma as script
 from envs import traffic
@@ -66,18 +66,6 @@ def tiny(sizes=(2, 3, 3), team=(True, True, False), num_envs=2, steps=3, **optio
     rollout |= {"actions": joint[:, :, :T], "last_action": joint[:, :, T], "rewards": normal((B, T, N))}
     rollout["terminated"] = (torch.arange(S * B * T, device=DEVICE).view(S, B, T) % 5 == 1).double()
     return args, env, nets, rollout | {"policy_steps": 7}, norm, script.draw_attack(streams, env, args)
-
-
-def plain(net, row, x, activation=torch.tanh):
-    """Output of one of the networks for one input [in]: weights and biases of its layers in a row."""
-    at = 0
-    for k, (n_in, n_out) in enumerate(itertools.pairwise(net.sizes)):
-        weight = net.flat[row, at : at + n_in * n_out].view(n_out, n_in)
-        bias = net.flat[row, at + n_in * n_out : at + (n_in + 1) * n_out]
-        at += (n_in + 1) * n_out
-        x = weight @ x + bias
-        x = activation(x) if k < len(net.sizes) - 2 else x
-    return x
 
 
 def critic_heads(critic, s, state, joint, n):
@@ -254,12 +242,6 @@ def test_critic_loss_and_its_gradient_by_hand():
     ours, theirs = (torch.autograd.grad(value, flats, allow_unused=True) for value in (loss, expected))
     assert ours[0] is None
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-8, atol=1e-12)
-
-
-def fourth_order(function, h=1e-5):
-    """Derivative at 0."""
-    a, b, c, d = (function(k * h) for k in (2, 1, -1, -2))
-    return (-a + 8 * b - 8 * c + d) / (12 * h)
 
 
 def regularize(actor, obs, noise, norm, env, args, mode=None):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import ROOT, bad_value, finish, only, refusal, start_script, without_speed
+from commands import ROOT, bad_value, finish, fourth_order, only, plain, refusal, start_script, without_speed
 
 import ernie_qcombo as script
 from envs import traffic
@@ -60,18 +60,6 @@ def tiny(num_lights=3, width=4, **options):
     batch["terminated"] = (torch.arange(S * M, device=DEVICE).view(S, M) % 3 == 0).double()
     unit = script.perturbation_unit(torch.stack([normal((N, width)), std], 2), args)
     return args, env, nets, batch, script.draw_directions(streams, env, args), unit
-
-
-def plain(net, row, x, activation=torch.tanh):
-    """Output of one of the networks for one input [in]: weights and biases of its layers in a row."""
-    at = 0
-    for k, (n_in, n_out) in enumerate(itertools.pairwise(net.sizes)):
-        weight = net.flat[row, at : at + n_in * n_out].view(n_out, n_in)
-        bias = net.flat[row, at + n_in * n_out : at + (n_in + 1) * n_out]
-        at += (n_in + 1) * n_out
-        x = weight @ x + bias
-        x = activation(x) if k < len(net.sizes) - 2 else x
-    return x
 
 
 def global_value(net, row, state, joint, args):
@@ -122,12 +110,6 @@ def test_losses_and_their_gradient_by_hand(form, team_reward):
     ours, theirs = (torch.autograd.grad(value, flats, allow_unused=True) for value in (loss, expected))
     assert ours[2:] == theirs[2:] == (None, None)  # the targets
     torch.testing.assert_close(ours[:2], theirs[:2], rtol=1e-9, atol=1e-12)
-
-
-def fourth_order(function, h=1e-5):
-    """Derivative at 0."""
-    a, b, c, d = (function(k * h) for k in (2, 1, -1, -2))
-    return (-a + 8 * b - 8 * c + d) / (12 * h)
 
 
 REGULARIZED = dict(regularize="both", reg_coef=0.3, action_reg_coef=0.2, malicious_agents=2)
