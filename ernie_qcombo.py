@@ -359,10 +359,16 @@ def unroll(objective: Callable, delta: Tensor, steps: int, size: float, ball: Ca
 
 
 def divergence(kind: str, z: Tensor, clean: Tensor) -> Tensor:
-    """D [...] of policy outputs [..., A]: KL(z || clean), or squared l2 before tanh, after it, or of probabilities."""
+    """D [...] of policy outputs [..., A]: KL(z || clean) of softmax policies or, with mean and log standard deviation
+    side by side, of normal ones; or squared l2 before tanh, after it, or of probabilities."""
     if kind == "kl":
         logp, logp_clean = F.log_softmax(z, -1), F.log_softmax(clean, -1)
         return (logp.exp() * (logp - logp_clean)).sum(-1)
+    if kind == "kl_normal":
+        (mean, log_std), (mean_clean, log_std_clean) = z.chunk(2, -1), clean.chunk(2, -1)
+        apart = (mean - mean_clean) * torch.exp(-log_std_clean)
+        ratio = 2 * (log_std - log_std_clean)  # logarithm of the ratio of variances
+        return 0.5 * (ratio.exp() - 1 - ratio + apart.square()).sum(-1)
     link = {"l2": lambda x: x, "l2_squashed": torch.tanh, "l2_probs": partial(F.softmax, dim=-1)}[kind]
     return (link(z) - link(clean)).square().sum(-1)
 

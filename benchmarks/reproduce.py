@@ -2,16 +2,17 @@
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/reproduce.py particle                       # ERNIE, Figures 3 and 9: MADDPG, observation noise
+    python benchmarks/reproduce.py drones                         # ERNIE, Figure 6: MAPPO, observation noise
     python benchmarks/reproduce.py traffic                        # ERNIE, Figures 1, 2, 5 and Tables 3, 4: QCOMBO
     python benchmarks/reproduce.py traffic --algorithm coma       # ERNIE, Figure 7 and Tables 2, 3, 4: COMA
     python benchmarks/reproduce.py ladder --sumo                  # traffic: simple controllers, in SUMO too
     python benchmarks/reproduce.py traffic-in-sumo                # the runs of `traffic` driven in SUMO
     python benchmarks/reproduce.py particle --ray-address auto    # the same on a Ray cluster
 
-`particle`: every method gets the same grid of (epsilon, lambda), or alpha for M3DDPG. Chosen is the point with the
-highest return, averaged over the clean environment and all strengths of Gaussian noise and of the MAD attack, on the
-seeds of `--select-seeds`; the figures come from other seeds, `--seeds`. `traffic`: lambda was chosen on seeds 1 to 3,
-the figures come from `--seeds`. A run that is already in `--runs-dir` is not run again.
+`particle` and `drones`: every method gets the same grid of (epsilon, lambda), or alpha for M3DDPG. Chosen is the point
+with the highest return, averaged over the clean environment and all strengths of Gaussian noise and of the MAD attack,
+on the seeds of `--select-seeds`; the figures come from other seeds, `--seeds`. `traffic`: lambda was chosen on seeds 1
+to 3, the figures come from `--seeds`. A run that is already in `--runs-dir` is not run again.
 """
 
 import csv
@@ -66,12 +67,12 @@ def remote(where: Where):
     return ray.remote(num_cpus=1)(run).remote, ray.get
 
 
-def read(path: Path, policy: str | None = None, column: str = "return") -> dict[tuple[str, str], np.ndarray]:
-    """(perturbation, strength) -> value of each seed."""
+def read(path: Path, policy=None, column="return", agent=None) -> dict[tuple[str, str], np.ndarray]:
+    """(perturbation, strength) -> value of each seed; of one policy or agent where the file has several."""
     table = {}
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            if policy in (None, row.get("policy")):
+            if policy in (None, row.get("policy")) and agent in (None, row.get("agent")):
                 table.setdefault((row["perturbation"], row["strength"]), []).append(float(row[column]))
     return {key: np.array(values) for key, values in table.items()}
 
@@ -101,8 +102,8 @@ METHODS = {  # name: flags of each point of its grid
 }
 
 
-def score(path: Path) -> float:
-    return float(np.mean([v.mean() for (family, _), v in read(path).items() if family in ("clean", *SHOWN)]))
+def score(path: Path, agent: str | None = None) -> float:
+    return float(np.mean([v.mean() for (f, _), v in read(path, agent=agent).items() if f in ("clean", *SHOWN)]))
 
 
 def particle(
@@ -173,6 +174,67 @@ def plot_particle(task: str, tables: dict[str, dict], folder: Path) -> None:
     figure.axes[0].legend(fontsize=8)
     figure.suptitle(f"{task}: mean and 95% interval over {len(next(iter(next(iter(tables.values())).values())))} seeds")
     figure.savefig(folder / f"particle_{task}.png", dpi=120)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# drones: ernie_mappo.py
+
+DRONE_GRID = [f"--epsilon={epsilon} --reg-coef={coef}" for epsilon, coef in ((0.3, 0.1), (1.0, 0.1), (1.0, 1.0))]
+DRONE_METHODS = {m: DRONE_GRID for m in ("gaussian", "adversarial", "stackelberg")}
+
+
+def drones(
+    where: Where,
+    seeds: tuple[int, int] = (1, 5),
+    select_seeds: tuple[int, int] = (101, 102),
+    total_timesteps: int = 500_000,
+) -> None:
+    """Return of leader and follower against observation noise for every method of ernie_mappo.py.
+
+    Args:
+        seeds: first and last seed of the figures
+        select_seeds: first and last seed on which each method's point of the grid is chosen
+        total_timesteps: environment steps of each run
+    """
+    start, get = remote(where)
+
+    def train(name: str, flags: str, seeds: tuple[int, int]):
+        command = [str(ROOT / "ernie_mappo.py"), f"--exp-name={name}", *flags.split(), "--compile", "--no-track"]
+        command += [f"--seed={seeds[0]}", f"--num-seeds={seeds[1] - seeds[0] + 1}", f"--runs-dir={where.runs_dir}"]
+        command += [f"--total-timesteps={total_timesteps}", f"--checkpoint-interval={total_timesteps}"]
+        return start(command, (where.runs_dir, f"leader_follower_v0__{name}__{seeds[0]}__*/robustness.csv"))
+
+    final = {"none": ("--regularizer=none", train("drones_none", "--regularizer=none", seeds))}
+    pending = {
+        (method, i): train(f"drones_select_{method}_{i}", f"--regularizer={method} {point}", select_seeds)
+        for method, grid in DRONE_METHODS.items()
+        for i, point in enumerate(grid)
+    }
+    for method, grid in DRONE_METHODS.items():
+        scores = [score(get(pending[method, i]), "mean") for i in range(len(grid))]
+        flags = f"--regularizer={method} {grid[int(np.argmax(scores))]}"
+        print(f"{method:12s} {flags}  (grid: {', '.join(f'{s:.2f}' for s in scores)})", flush=True)
+        final[method] = flags, train(f"drones_{method}", flags, seeds)
+    rows, agents = [], ("leader_0", "follower_0")
+    for method, (flags, path) in final.items():
+        for agent in (*agents, "mean"):
+            for (family, strength), values in read(get(path), agent=agent).items():
+                rows.append([method, flags, agent, family, strength, values.mean(), interval(values), len(values)])
+    columns = ["method", "flags", "agent", "perturbation", "strength", "return", "interval95", "seeds"]
+    write(where.results_dir / "drones.csv", columns, rows)
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    for axis, (agent, family) in zip(figure.subplots(2, 2).flat, [(a, f) for a in agents for f in SHOWN]):
+        for method, (_, path) in final.items():
+            table = read(get(path), agent=agent)
+            points = [(float(s), v) for (f, s), v in table.items() if f in ("clean", family)]
+            means, halves = [v.mean() for _, v in points], [interval(v) for _, v in points]
+            axis.errorbar(range(len(points)), means, halves, marker="o", markersize=3, capsize=3, label=method)
+            axis.set_xticks(range(len(points)), [f"{s:g}" for s, _ in points])
+        axis.set(xlabel=SHOWN[family], ylabel=f"return, {agent}")
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    figure.suptitle(f"leader_follower_v0: mean and 95% interval over {seeds[1] - seeds[0] + 1} seeds")
+    figure.savefig(where.results_dir / "drones.png", dpi=110)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -409,5 +471,11 @@ def ladder(where: Where, episodes: int = 10, seconds: int = 4000, sumo: bool = F
 
 
 if __name__ == "__main__":
-    commands = {"particle": particle, "traffic": traffic, "traffic-in-sumo": traffic_in_sumo, "ladder": ladder}
+    commands = {
+        "particle": particle,
+        "drones": drones,
+        "traffic": traffic,
+        "traffic-in-sumo": traffic_in_sumo,
+        "ladder": ladder,
+    }
     tyro.extras.subcommand_cli_from_dict(commands, config=(tyro.conf.OmitArgPrefixes,))

@@ -53,7 +53,7 @@ REST_HEIGHT = 0.0135  # m, of a drone that stands on the ground in Bullet
 URDF_INERTIA = (1.4e-5, 1.4e-5, 2.17e-5)  # kg m^2
 BOX_INERTIA = (3.788324848467e-5, 3.788324848467e-5, 7.144199714232e-5)  # of Bullet's box around the collision shape
 VERSIONS = ("v1.0.0", "master", "main")
-ACTION_SIZES = {"one_d_rpm": 1, "rpm": 4, "vel": 4, "pid": 3}
+ACTION_SIZES = {"one_d_rpm": 1, "rpm": 4, "vel": 4, "velocity": 3, "pid": 3}  # "velocity" is ours: vel as a vector
 PER_ENV = {  # fields that may be a value per environment, and whether they may be zero
     **dict.fromkeys(("mass", "inertia_scale", "kf", "km"), False),
     **dict.fromkeys(("gravity", "damping", "gust", "delay", "path_speed"), True),
@@ -224,7 +224,7 @@ class Task:
 
 
 # with v1.0.0's inertia, three times too high, or at higher speeds the velocity controller tumbles
-VELOCITY = {"version": "main", "action_type": "vel", "speed_limit": 0.5, "horizon": 240}
+VELOCITY = {"version": "main", "action_type": "velocity", "speed_limit": 0.5, "horizon": 240}
 TASKS = {
     "leader_follower_v0": Task(package_scales, height_reward, {}),
     "leader_follower_v1": Task(relative, formation_reward, VELOCITY),
@@ -245,11 +245,11 @@ class Drones:
     num_agents: int = 2
     version: str = "v1.0.0"  # of the package: "v1.0.0", "master" or "main"
     physics: str = "pyb"  # or "dyn"
-    action_type: str = "one_d_rpm"  # or "rpm", "vel", "pid"
+    action_type: str = "one_d_rpm"  # or "rpm", "vel", "velocity", "pid"
     physics_hz: int = 240  # Hz, substeps
     control_hz: int = 48  # Hz, steps
     horizon: int = 242  # steps of an episode (the package's 5 s at 48 Hz, 8 s at 30 Hz)
-    speed_limit: float = 0.25  # m/s of a full `vel` action
+    speed_limit: float = 0.25  # m/s of a full `vel` or `velocity` action
     history: int = 0  # past actions at the end of the observation, oldest first (half a second in hover)
     mass: float | Tensor = MASS  # kg
     inertia_scale: float | Tensor = 1.0
@@ -325,7 +325,7 @@ class Drones:
             substeps=self.physics_hz // self.control_hz,
             inertia=BOX_INERTIA if (self.version, self.physics) == ("v1.0.0", "pyb") else URDF_INERTIA,
             roll_sign=-1.0 if self.version == "main" else 1.0,
-            controlled=self.action_type in ("vel", "pid"),
+            controlled=self.action_type in ("vel", "pid", "velocity"),
             absolute=self.action_type == "pid" and self.version != "v1.0.0",
             # None where nothing blows or comes late, which then costs nothing
             breeze=wind if bool((wind != 0).any()) else None,  # [3, 1, 1 or B]
@@ -404,9 +404,10 @@ class Drones:
             rpm = [HOVER_RPM * (1 + 0.05 * a) for a in action]
             return rpm if self.action_type == "rpm" else rpm * 4, state.pid
         rpy = euler(state.quaternion)
-        if self.action_type == "vel":
-            x, y, z = normalized(action[:3])
-            speed = self.speed_limit * action[3].abs()
+        if self.action_type in ("vel", "velocity"):
+            direction = normalized(action[:3])
+            length = dot(action, action).sqrt().clamp_max(1) if self.action_type == "velocity" else action[3].abs()
+            x, y, z, speed = *direction, self.speed_limit * length
             return self._pid(state, rpy, [torch.zeros_like(x)] * 3, [speed * x, speed * y, speed * z], rpy[2])
         if self.absolute:
             ahead = [a - x for a, x in zip(action, state.position)]
@@ -666,10 +667,11 @@ def simple_controller(env: Drones, state: State) -> Tensor:
         aim = torch.stack((x * ~env.is_leader, y * ~env.is_leader, torch.where(env.is_leader, 0.5, z[:1])))
     if env.action_type == "pid":
         action = aim if env.absolute else (aim - p) / 0.1
-    elif env.action_type == "vel":
-        wanted = speed + 3 * (aim - p)
-        size = wanted.square().sum(0, keepdim=True).sqrt() / env.speed_limit
-        action = torch.cat((wanted / env.speed_limit / size.clamp_min(1), size.clamp_max(1)))
+    elif env.action_type in ("vel", "velocity"):
+        action = (speed + 3 * (aim - p)) / env.speed_limit
+        size = action.square().sum(0, keepdim=True).sqrt()
+        action = action / size.clamp_min(1)
+        action = torch.cat((action, size.clamp_max(1))) if env.action_type == "vel" else action
     else:
         action = (100 * (aim[2] - p[2]) + 30 * (speed[2] - v[2])).expand(env.action_sizes[0], -1, -1)
     return action.clamp(-1, 1).permute(2, 1, 0)
@@ -707,7 +709,7 @@ def main(
         num_envs: environments in the batch
         num_agents: drones
         physics: pyb or dyn
-        action_type: one_d_rpm, rpm, vel or pid; default: the task's
+        action_type: one_d_rpm, rpm, vel, velocity or pid; default: the task's
         device: torch device
         threads: CPU threads
         compile: measure the compiled step too

@@ -634,7 +634,7 @@ def test_pictures_show_what_moves(env_id):
         ({"env_id": "hover_v9"}, "env_id must be one of .*leader_follower_v0, .*, got 'hover_v9'"),
         ({"physics": "mujoco"}, "physics must be pyb or dyn, got 'mujoco'"),
         ({"version": "v0.5"}, "version must be one of v1.0.0, master, main, got 'v0.5'"),
-        ({"action_type": "thrust"}, "action_type must be one of one_d_rpm, rpm, vel, pid, got 'thrust'"),
+        ({"action_type": "thrust"}, "action_type must be one of one_d_rpm, rpm, vel, velocity, pid, got 'thrust'"),
         ({"num_agents": 0}, "num_agents must be 1 or more, got 0"),
         ({"num_envs": 0}, "num_envs must be 1 or more, got 0"),
         ({"horizon": 0}, "horizon must be 1 or more, got 0"),
