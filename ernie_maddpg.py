@@ -70,7 +70,7 @@ class Args:
     num_threads: int = 1
     """CPU threads; with more than one set OMP_WAIT_POLICY=PASSIVE, or one busy core stalls all of them"""
     compile: bool = False
-    """compile the environment step and the losses (torch.compile)"""
+    """compile the environment step and, on a GPU or without regulariser, the losses (torch.compile)"""
     runs_dir: str = "runs"
     """folder that receives a folder per run"""
     resume: str | None = None
@@ -918,7 +918,10 @@ def train(env, nets, optimizers, args: Args, run_dir: Path, wandb_runs: list, st
     """Train from the start or from `state`, a checkpoint. False: Ctrl-C or SIGTERM ended it, after a checkpoint."""
     compiled = partial(torch.compile, fullgraph=True) if args.compile else lambda f: f
     env_step = env.step if args.env_id.startswith("zoo:") else compiled(env.step)  # Python environments do not compile
-    losses = {"critic": compiled(critic_loss), "actor": compiled(actor_loss)}
+    # on CPUs torch.compile (2.13) gets the gradient through the unrolled attack wrong
+    exact = env.device.type == "cuda" or not (args.regularized or args.action_reg_coef > 0)
+    losses = {"critic": critic_loss, "actor": actor_loss}
+    losses = {name: compiled(loss) if exact else loss for name, loss in losses.items()}
     names, per_iteration = ("rollout", "replay", "noise"), args.num_envs * env.horizon
     streams = {name: make_generators(args.seed, args.num_seeds, name, env.device, RANK) for name in names}
     slots = args.buffer_size // per_iteration  # a slot is an episode of each environment

@@ -49,7 +49,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import envs
-from envs import bullet, drones, perturb
+from envs import bullet, drones, particle, perturb
 
 Generators = list[torch.Generator]  # one per seed
 Batch = dict[str, Tensor]  # episodes, a minibatch, or metrics [S]
@@ -103,7 +103,7 @@ class Args:
     num_envs: int = 64
     """B, environments of one seed that step together"""
     share_parameters: bool = False
-    """one policy for all agents, which is told the agent's number, instead of one each"""
+    """one policy for all agents, opponents too, which is told the agent's number, instead of one each"""
     state_dependent_std: bool = False
     """continuous actions: a standard deviation for each observation instead of one per action"""
     init_std: float = 0.5
@@ -183,7 +183,8 @@ class Args:
             (floats, math.isfinite, "a finite number"),
             (counts, lambda v: v >= 1, "at least 1"),
             ("reg_batch_size log_interval checkpoint_interval eval_episodes", lambda v: v >= 1, "at least 1"),
-            ("init_std learning_rate clip_coef reward_scale max_grad_norm", lambda v: v > 0, "above 0"),
+            ("init_std", lambda v: 0.01 <= v <= 7, "between 0.01 and 7"),
+            ("learning_rate clip_coef reward_scale max_grad_norm", lambda v: v > 0, "above 0"),
             ("attack_lr gaussian_std", lambda v: v > 0, "above 0"),
             ("seed entropy_coef epsilon attack_steps reg_coef", lambda v: v >= 0, "0 or more"),
             ("gamma gae_lambda", lambda v: 0 <= v <= 1, "between 0 and 1"),
@@ -516,13 +517,12 @@ def prepare_episodes(nets: Nets, replay: Batch, norm: Tensor, value_norm: Tensor
     obs = normalize(replay["obs"].flatten(1, 2).transpose(1, 2), norm).transpose(1, 2)  # [S, B * (T + 1), N, O]
     rewards = shared_rewards(replay["rewards"], env, args)
     with torch.no_grad():
-        values = central_values(nets["critic"], obs, args)
-        mean, std = mean_and_std(value_norm[:2] / value_norm[2].clamp_min(1e-8))
-        values = (mean + std * values).unflatten(1, (B, T + 1))
-        advantages = gae(rewards, values, replay["terminated"], args)
-        obs, values = obs.unflatten(1, (B, T + 1))[:, :, :-1].flatten(1, 2), values[:, :, :-1].flatten(1, 2)
-        advantages = advantages.flatten(1, 2)
-        returns, actions = advantages + values, replay["actions"].flatten(1, 2)
+        values = central_values(nets["critic"], obs, args).unflatten(1, (B, T + 1))
+        mean, std = (x.unsqueeze(2) for x in mean_and_std(value_norm[:2] / value_norm[2].clamp_min(1e-8)))
+        advantages = gae(rewards, mean + std * values, replay["terminated"], args)
+        returns = (advantages + (mean + std * values)[:, :, :-1]).flatten(1, 2)
+        obs, values = (x.unflatten(1, (B, T + 1))[:, :, :-1].flatten(1, 2) for x in (obs, values.flatten(1, 2)))
+        advantages, actions = advantages.flatten(1, 2), replay["actions"].flatten(1, 2)
         newest = torch.cat([mean_and_square(returns), torch.ones_like(value_norm[2:])])
         value_norm = args.value_decay * value_norm + (1 - args.value_decay) * newest
         mean, std = mean_and_std(value_norm[:2] / value_norm[2])
@@ -532,7 +532,7 @@ def prepare_episodes(nets: Nets, replay: Batch, norm: Tensor, value_norm: Tensor
         z = policies(nets["actor"], obs.transpose(1, 2), env, args)
         logprobs, _ = logprob_and_entropy(z, actions.transpose(1, 2), env)
     batch = {"obs": obs, "actions": actions, "logprobs": logprobs.mT, "advantages": advantages}
-    return batch | {"values": (values - mean) / std, "returns": (returns - mean) / std}, value_norm
+    return batch | {"values": values, "returns": (returns - mean) / std}, value_norm
 
 
 def ppo_loss(nets: Nets, batch: Batch, noise: Tensor | None, unit: Tensor, env, args: Args):
@@ -697,15 +697,15 @@ def attack_policies_mad(nets: Nets, x: Tensor, unit: Tensor, epsilon: float, gen
 
 
 @torch.no_grad()
-def agent_returns(env, nets, norm, args: Args, generators, family="clean", strength=0.0, states=None) -> Tensor:
+def agent_returns(env, nets, norm, args: Args, generators, family="clean", strength=0.0, watch=None) -> Tensor:
     """Returns [S, E, N] of the likeliest actions under one perturbation of the sweep; opponents see and act
-    undisturbed. The states are appended to `states`."""
+    undisturbed. `watch` is called with the state before each step."""
     S, total = args.num_seeds, 0.0
     unit = perturbation_unit(norm, replace(args, epsilon_units="raw"))
     state, obs = env.reset(generators)
     for _ in range(env.horizon):
-        if states is not None:
-            states.append(state)
+        if watch is not None:
+            watch(state)
         if family in ("gaussian", "uniform"):
             obs = perturb.observation_noise(env, obs, family, strength, generators)
         x = normalize(obs.unflatten(0, (S, -1)).transpose(1, 2), norm)
@@ -791,17 +791,16 @@ def plot_agents(table: dict[str, dict], args: Args, path: Path) -> None:
 def show_episodes(nets: Nets, norm: Tensor, args: Args, device: torch.device, run_dir: Path) -> None:
     """A GIF of an episode and, of leader_follower_v1, the distance of every drone to what it follows over time."""
     args = replace(args, backend="torch")
-    env, states = make_task(args, args.num_seeds * min(100, args.eval_episodes), device), []
+    env, states, frames = make_task(args, args.num_seeds * min(100, args.eval_episodes), device), [], []
     streams = make_generators(args.seed, args.num_seeds, "video", device)
-    agent_returns(env, nets, norm, args, streams, states=states)
-    every = 4 if args.is_drones else 1
-    shown = range(0, len(states), every)
     if args.is_drones:
-        frames = [Image.fromarray(env.render(states[t], 0, states[max(0, t - 60) : t])) for t in shown]
-    else:
-        frames = [Image.fromarray(env.render(states[t], 0)) for t in shown]
+        agent_returns(env, nets, norm, args, streams, watch=states.append)
+        frames = [env.render(states[t], 0, states[max(0, t - 60) : t]) for t in range(0, len(states), 4)]
+    else:  # the state of a PettingZoo environment is only its newest moment
+        agent_returns(env, nets, norm, args, streams, watch=lambda state: frames.append(env.render(state, 0)))
+    frames = [Image.fromarray(frame) for frame in frames]
     (run_dir / "videos").mkdir(exist_ok=True)
-    duration = 1000 * every // env.control_hz if args.is_drones else 100
+    duration = 4000 // env.control_hz if args.is_drones else 100
     path = run_dir / "videos" / "episode.gif"
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0)
     if args.env_id != "leader_follower_v1":
@@ -983,7 +982,7 @@ def train(env, nets: Nets, optimizer, compiled: Callable, args: Args, run_dir: P
     """Train from the start or from `state`, a checkpoint: the norm of observations, or None if Ctrl-C or SIGTERM ended
     it, after a checkpoint."""
     env_step = env.step if args.env_id.startswith("zoo:") else compiled(env.step)  # Python environments do not compile
-    # on CPUs torch.compile (2.13) gets the gradient through the unrolled attack wrong by 1e-4 to 1e-3
+    # on CPUs torch.compile (2.13) gets the gradient through the unrolled attack wrong
     loss_of = compiled(ppo_loss) if env.device.type == "cuda" or not args.regularized else ppo_loss
     names, per_iteration, labels = ("rollout", "minibatches", "noise"), args.num_envs * env.horizon, run_labels(args)
     streams = {name: make_generators(args.seed, args.num_seeds, name, env.device, RANK) for name in names}
@@ -1070,11 +1069,11 @@ def inspect_agents(nets: Nets, norm: Tensor, batch: Batch, unit: Tensor, env, ar
     returns = agent_returns(test, nets, norm, args, streams).mean(1)  # [S, N]
     row = {"eval/episodic_return": returns[:, env.cooperators].mean(1)}
     row |= {f"eval/{name}": returns[:, n] for n, name in enumerate(env.agents) if args.is_drones}
-    error = (batch["returns"] - batch["values"]).var(1) / batch["returns"].var(1).clamp_min(1e-8)
-    row["losses/explained_variance"] = 1 - error.mean(1)
     obs = batch["obs"][:, : args.reg_batch_size].transpose(1, 2)
     with torch.no_grad():
+        error = batch["returns"] - central_values(nets["critic"], batch["obs"], args)
         z = policies(nets["actor"], obs, env, args)
+    row["losses/explained_variance"] = 1 - (error.var(1) / batch["returns"].var(1).clamp_min(1e-8)).mean(1)
     if not env.discrete:
         live = env.action_mask[:, None].to(z.dtype)
         row["charts/policy_std"] = (z.chunk(2, -1)[1].exp() * live).sum((1, 3)).mean(1) / live.sum()
@@ -1097,6 +1096,8 @@ def main() -> None:
             bullet.require_pybullet(args.num_seeds * args.eval_episodes)
     except (ValueError, ImportError) as error:
         fail(str(error))
+    if not args.is_drones and not args.env_id.startswith("zoo:") and args.env_id not in particle.TASKS:
+        fail(f"--env-id must be of drones, particles or zoo:package.module, got {args.env_id!r}")
     if env.discrete == args.continuous_actions:
         fail(f"--continuous-actions must fit {args.env_id}, where it is {not env.discrete}")
     samples = args.num_envs * env.horizon

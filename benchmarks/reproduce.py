@@ -240,13 +240,16 @@ def drones(
 # --------------------------------------------------------------------------------------------------------------------
 # traffic: ernie_qcombo.py and ernie_coma.py
 
-TRAINED = {  # method: flags; ERNIE-A is QCOMBO's only
+TRAINED = {  # method: flags
     "none": "--regularizer=none",
     "gaussian": "--regularizer=gaussian",
     "adversarial": "--regularizer=adversarial",
     "stackelberg": "--regularizer=stackelberg",
     "ernie_a": "--regularizer=none --action-reg-coef=1",
+    "raw_gaussian": "--regularizer=gaussian --epsilon-units=raw",
+    "raw_stackelberg": "--regularizer=stackelberg --epsilon-units=raw",
 }
+QCOMBO_ONLY = ("ernie_a", "raw_gaussian", "raw_stackelberg")
 
 
 def policy_of(method: str) -> str:
@@ -291,7 +294,7 @@ def traffic(
         study_seeds: first and last seed of the study of epsilon and K (QCOMBO)
     """
     start, get = remote(where)
-    methods = {m: flags for m, flags in TRAINED.items() if algorithm == "qcombo" or m != "ernie_a"}
+    methods = {m: flags for m, flags in TRAINED.items() if algorithm == "qcombo" or m not in QCOMBO_ONLY}
     pending = {m: start(*traffic_run(m, flags, seeds, 4000, where, algorithm)) for m, flags in methods.items()}
     study = {}
     if algorithm == "qcombo":
@@ -329,7 +332,7 @@ def plot_traffic(tables: dict[str, dict], path: Path) -> None:
         methods = [method for method in TRAINED if method in tables]
         for k, method in enumerate(methods):
             values = [tables[method][point] for point in points]
-            places = np.arange(len(points)) + (k - (len(methods) - 1) / 2) * 0.14
+            places = np.arange(len(points)) + (k - (len(methods) - 1) / 2) * min(0.14, 0.8 / len(methods))
             halves = [interval(v) for v in values]
             axis.errorbar(places, [v.mean() for v in values], halves, fmt="o", markersize=4, capsize=2, label=method)
         names = [

@@ -18,14 +18,14 @@ def make(
 ):
     """Build the environment `env_id`; `fields` set its physical constants by name (for example damping=0.5).
 
-    The bimatrix games and traffic are discrete, the drones continuous whatever `continuous_actions` says; elsewhere it
-    chooses.
+    The bimatrix games, traffic and the economy are discrete, the drones continuous whatever `continuous_actions` says;
+    elsewhere it chooses.
 
     `zoo:package.module` wraps the `parallel_env` of that module (any PettingZoo parallel environment); there `fields`
     go to its constructor, except `horizon` and `cooperators`, which are `envs.zoo.from_parallel_env`'s.
     """
     tasks = []
-    for name in ("particle", "bimatrix", "traffic", "drones"):
+    for name in ("particle", "bimatrix", "traffic", "drones", "economy"):
         module = importlib.import_module(f"envs.{name}")
         if env_id in module.TASKS:
             return module.make(env_id, num_envs, device, dtype, num_agents, continuous_actions, **fields)

@@ -1,13 +1,14 @@
 """Replay recorded trajectories of the original simulators against our environments.
 
-    python tests/replay.py KIND FOLDER      KIND: particle, traffic, drones
+    python tests/replay.py KIND FOLDER      KIND: particle, traffic, drones, economy
 
-Every recording in FOLDER (.json of traffic, else .npz) must have a format that tests/data/KIND/README.md
-describes. One line per file: the largest error of each quantity and its tolerance. Exit code 0: all within tolerance;
-1: some above, or a file that cannot be read; 2: wrong usage.
+Every recording in FOLDER (.json of traffic and economy, .npz of all but traffic) must have a format that
+tests/data/KIND/README.md describes. One line per file: the largest error of each quantity and its tolerance. Exit code
+0: all within tolerance; 1: some above, or a file that cannot be read; 2: wrong usage.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -19,7 +20,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT.parent))
 
-from envs import drones, particle, traffic  # noqa: E402  (the repository's root must be on the path first)
+from envs import drones, economy, particle, traffic  # noqa: E402  (the repository's root must be on the path first)
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -396,11 +397,378 @@ def replay_drones(path: pathlib.Path, index: list[dict]) -> dict[str, tuple[floa
     return errors
 
 
+# --------------------------------------------------------------------------------------------------------- economy
+
+EXACT, REAL, SAEZ = 0.0, 1e-9, 1e-6  # tolerances: integers, real numbers, what Saez's rates (ratios near 0/0) touch
+BUCKETS = {"model_wrapper": "planner", "us-federal-single-filer-2018-scaled": "us", "saez": "saez"}
+RENAMED = {  # keys of an episode's config and the fields that they set
+    "isoelastic_eta": "eta",
+    "energy_cost": "labor_coef",
+    "energy_warmup_constant": "labor_constant",
+    "energy_warmup_method": "labor_schedule",
+    "mixing_weight_gini_vs_coin": "equality_weight",
+    "resource_regen_prob": "regrowth",
+    "period": "period",
+    "rate_disc": "rate_step",
+    "saez_fixed_elas": "saez_elasticity",
+}
+OBJECTIVE = {
+    "coin_eq_times_productivity": "equality_productivity",
+    "inv_income_weighted_coin_endowments": "inverse_income_coin",
+    "inv_income_weighted_utility": "inverse_income_utility",
+}
+
+
+class Errors(dict):
+    """{quantity: (largest error, tolerance)}"""
+
+    def compare(self, quantity: str, ours, recorded, tolerance: float = REAL):
+        ours, recorded = (torch.as_tensor(np.asarray(x)).double() for x in (ours, recorded))
+        if ours.shape != recorded.shape:
+            raise ValueError(f"{quantity} has shape {list(recorded.shape)}, expected {list(ours.shape)}")
+        error = torch.where(ours.isnan() & recorded.isnan(), 0, (ours - recorded).abs()).nan_to_num(nan=math.inf)
+        largest = error.max().item() if error.numel() else 0.0
+        self[quantity] = (max(largest, self.get(quantity, (0.0,))[0]), max(tolerance, self.get(quantity, (0, 0))[1]))
+
+
+def economies(num_envs: int, **fields) -> economy.Economy:
+    return economy.make("economy_v0", num_envs, dtype=torch.float64, **fields)
+
+
+def last(values: torch.Tensor) -> torch.Tensor:
+    """Ours, [..., N, B], as recorded: [B, N, ...]."""
+    return values.permute(*range(values.ndim - 1, -1, -1))
+
+
+def first(values: np.ndarray, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Recorded arrays [B, N, ...] as ours."""
+    return last(torch.as_tensor(np.asarray(values)).to(dtype)).contiguous()
+
+
+def economy_state(env: economy.Economy, **arrays) -> economy.State:
+    """A state with these fields, [B, N, ...] or [B], at t = 0."""
+    zeros = torch.zeros(env.num_agents, env.num_envs, dtype=env.dtype)
+    state = env.make_state(zeros + int(tile_of(env, (5, 5))), zeros, zeros)
+    return dataclasses.replace(state, **{k: first(v, getattr(state, k).dtype) for k, v in arrays.items()})
+
+
+def tile_of(env: economy.Economy, place: np.ndarray) -> np.ndarray:
+    """Tiles of the places [..., 2]."""
+    row, col = np.moveaxis(np.asarray(place, dtype=np.int64), -1, 0) + env.window
+    return row * env.stride + col
+
+
+def contents_of(env: economy.Economy, stone: np.ndarray, wood: np.ndarray, owner: np.ndarray) -> torch.Tensor:
+    """State's tiles [T, B] from maps of units and house owners [B, rows, columns]."""
+    W = env.window
+    ground = env.start.view(-1, env.stride)[W:-W, W:-W].numpy()
+    code = np.where(ground == economy.FULL_STONE, economy.STONE_SOURCE + stone, ground)
+    code = np.where(ground == economy.FULL_WOOD, economy.WOOD_SOURCE + wood, code)
+    code = np.where(owner >= 0, economy.HOUSE + owner, code)
+    if (stone * (ground != economy.FULL_STONE)).any() or (wood * (ground != economy.FULL_WOOD)).any():
+        raise ValueError("units lie where there is no source")
+    padded = np.pad(code, ((0, 0), (W, W), (W, W)), constant_values=economy.OUTSIDE)
+    return torch.as_tensor(padded.reshape(len(code), -1).T.astype(np.int8).copy())
+
+
+def compare_map(errors: Errors, env: economy.Economy, state: economy.State, stone, wood, owner):
+    W = env.window
+    code = state.tiles.T.view(-1, env.size[0] + 2 * W, env.stride)[:, W:-W, W:-W].int()
+    errors.compare("stone", code == economy.FULL_STONE, stone, EXACT)
+    errors.compare("wood", code == economy.FULL_WOOD, wood, EXACT)
+    errors.compare("houses", torch.where(code >= economy.HOUSE, code - economy.HOUSE, -1), owner, EXACT)
+
+
+def compare_holdings(errors: Errors, env: economy.Economy, state: economy.State, inv, labor, esc=None, tol=REAL):
+    coin, goods = env.escrow(state)
+    errors.compare("coin", last(state.coin), inv[..., 0], tol)
+    errors.compare("goods", last(state.goods), inv[..., 1:], EXACT)
+    errors.compare("labor", last(state.labor), labor)
+    if esc is not None:
+        errors.compare("escrow", np.concatenate((last(coin)[..., None], last(goods)), -1), esc, EXACT)
+
+
+def economy_single_steps(data: dict, errors: Errors):
+    """One Gather or one Build step of many states."""
+    B, moves = len(data["case"]), data["mask"].shape[-1] == 4
+    env = economies(B, num_agents=data["loc_0"].shape[1])
+    state = economy_state(
+        env,
+        position=tile_of(env, data["loc_0"]),
+        coin=data["inv_0"][..., 0],
+        goods=data["inv_0"][..., 1:],
+        labor=data["labor_0"],
+        payment=data["build_payment"],
+        bonus=data["bonus_prob"],
+    )
+    state.tiles = contents_of(env, data["stone_0"], data["wood_0"], data["house_owner_0"])
+    valid, action = env.valid_actions(state), first(data["action"], torch.int32)
+    errors.compare("mask", valid[..., -4:] if moves else valid[..., 1:2], data["mask"], EXACT)
+    if moves:
+        rank = first(np.argsort(data["order"], 1), torch.int32)
+        state = env.collect(env.move(state, action - 1, rank), state.bonus > 0.5)
+    else:
+        state = env.build(state, action == 1)
+    errors.compare("position", last(state.position), tile_of(env, data["loc_1"]), EXACT)
+    compare_map(errors, env, state, data["stone_1"], data["wood_1"], data["house_owner_1"])
+    compare_holdings(errors, env, state, data["inv_1"], data["labor_1"])
+
+
+def economy_auctions(data: dict, errors: Errors):
+    """Scripts of several orders per agent and step, those of one size side by side. Trades in their order give the
+    price history of each seller."""
+    sizes = list(zip(*(data[name].tolist() for name in ("n_agents", "duration", "max_orders"))))
+    for n, duration, most in sorted(set(sizes)):
+        ks = np.array([k for k, size in enumerate(sizes) if size == (n, duration, most)])
+        env = economies(len(ks), num_agents=n, order_duration=duration, max_orders=most)
+        inventory = data["init_inv"][ks, :n]
+        state = economy_state(env, coin=inventory[..., 0], goods=inventory[..., 1:])
+        trades, history = [[] for _ in ks], np.zeros((len(ks), 2, n, 11))
+        for t in range(data["T"][ks].max()):
+            live = np.flatnonzero(data["T"][ks] > t)
+            now = {name: data[name][ks[live], t, :n] for name in ("mask_buy", "mask_sell", "inv", "escrow", "n_orders")}
+            now["labor"], rate = data["labor"][ks[live], t, :n], data["market_rate"][ks[live], t]
+            valid = env.valid_actions(state)[live][..., 2:-4].unflatten(2, (2, 2, 11))
+            for side, name in enumerate(("mask_buy", "mask_sell")):
+                errors.compare(name, valid[:, :, :, side], now[name], EXACT)
+            prices = first(data["action"][ks, t, :n], torch.int32) - 1
+            state, deals = env.match_orders(env.place_orders(state, prices[::2], prices[1::2]), rounds=2 * n)
+            history *= env.history_decay
+            # resource after resource, in each the trades in their order
+            for j, r, deal in itertools.product(live, (0, 1), deals):
+                bid, ask, price = (int(x[r, j]) for x in deal)
+                if bid >= 0:
+                    ages, (buyer, seller) = [x >> 7 & 127 for x in (bid, ask)], [127 - (x & 127) for x in (bid, ask)]
+                    trades[j].append([t, r, buyer, seller, bid >> 14, env.max_price - (ask >> 14), price, *ages])
+                    history[j, r, seller, price] += 1
+            playing = economy.State(**{name: value[..., live] for name, value in vars(state).items()})
+            compare_holdings(errors, env, playing, now["inv"], now["labor"], now["escrow"])
+            errors.compare("open orders", last((playing.side > 0).sum(2)), now["n_orders"], EXACT)
+            errors.compare("market rate", last(env.market_rate(playing)), rate)
+            for j in np.flatnonzero(data["T"][ks] == t + 1):
+                compare_books(errors, state, data, int(ks[j]), j, trades[j], history[j])
+
+
+def compare_books(errors: Errors, state: economy.State, data: dict, k: int, j: int, trades: list, history: np.ndarray):
+    """The end of script k, which environment j has played."""
+    recorded = [trade for case, *trade in data["trades"].tolist() if case == data["case"][k]]
+    errors.compare("trades", np.reshape(trades, (-1, 9)), np.reshape(recorded, (-1, 9)), EXACT)
+    errors.compare("history", history, data["price_history"][k, :, : history.shape[1]])
+    errors.compare("net history", state.history[..., j], data["price_history"][k].sum(1))
+    for (side, name), r in itertools.product(((economy.BID, "bids"), (economy.ASK, "asks")), (0, 1)):
+        agent, slot = (state.side[r, ..., j] == side).nonzero(as_tuple=True)
+        book = zip(agent.tolist(), *(x[r, agent, slot, j].tolist() for x in (state.price, state.age)))
+        rows = sorted(tuple(row) for row in data[name][k, r].tolist() if row[0] >= 0)
+        errors.compare(name, np.reshape(sorted(book), (-1, 3)), np.reshape(rows, (-1, 3)), EXACT)
+
+
+def economy_taxes(cases: list, cutoffs: list, errors: Errors):
+    for case in cases:
+        capped = case["completions"] is not None
+        fields = {"tax": "us" if case["kind"].startswith("us") else "fixed", "fixed_rates": case["rates"]}
+        fields |= {"cutoffs": cutoffs, "num_agents": len(case["coin"]), "max_orders": 100}
+        env = economies(1, **fields, tax_warmup=-100.0 if capped else None)
+        state = economy_state(env, coin=[case["coin"]], last_coin=[case["last_coin"]])
+        state.completions += case["completions"] or 0
+        for i, escrow in enumerate(case["escrow_coin"]):  # as bids for one coin
+            state.side[0, i, : int(escrow)], state.price[0, i, : int(escrow)] = economy.BID, 1
+        state.rates = env.schedule.minimum(env.rate_limit(state))
+        new = env.levy(state)
+        paid = env.tax_due(state.rates, new.last_income).minimum(state.coin)
+        ours = {"rates": state.rates, "income": new.last_income, "tax_paid": paid, "marginal_rate": new.last_rate}
+        ours |= {"effective_rate": paid / new.last_income.clamp_min(1e-6), "lump_sum": paid.sum() / env.num_agents}
+        ours |= {"coin_after": new.coin, "last_coin_after": new.last_coin}
+        for name, value in ours.items():
+            errors.compare(name, value.squeeze(-1) if value.ndim else value, case[name])
+
+
+def economy_saez(data: dict, errors: Errors):
+    pairs = np.stack((data["incomes"], data["marginal_rates"])).transpose(0, 2, 1)
+    pairs = torch.as_tensor(np.ascontiguousarray(pairs))  # [2, M, B]
+    before = torch.as_tensor(np.stack((data["elas_tm1"], data["log_z0_tm1"])))
+    new, fixed = economy.estimate_elasticity(pairs, before), torch.as_tensor(data["fixed_elas"])
+    errors.compare("elas_t", new[0], data["elas_t"])
+    errors.compare("log_z0_t", new[1], data["log_z0_t"])
+    used = torch.where(fixed.isnan(), new[0], fixed)
+    for k, uniform in enumerate(data["uniform_weights"].tolist()):
+        one, bins = slice(k, k + 1), data["gz"].shape[1] - 1
+        results = economy.saez_schedule(pairs[..., one], used[one], economy.CUTOFFS, uniform, bins)
+        results[3] = results[3].clamp(0, data["rate_cap"][k])
+        for name, result in zip(("gz", "az", "bin_rates", "rates"), results):
+            errors.compare(name, result[:, 0], data[name][k], REAL if name == "gz" else SAEZ)
+
+
+def economy_social(cases: list, errors: Errors):
+    for case in cases:
+        coin, utility = first([case["coin"]]), first([case["utility"]])
+        equality = economy.equality_of(coin)
+        ours = {"equality": equality, "gini": 1 - equality, "productivity": economy.total(coin)}
+        for name, fields in (
+            ("swf_w1", {"equality_weight": 1.0}),
+            ("swf_w05", {"equality_weight": 0.5}),
+            ("swf_w0", {"equality_weight": 0.0}),
+            ("inv_income_coin", {"objective": "inverse_income_coin"}),
+            ("inv_income_utility", {"objective": "inverse_income_utility"}),
+        ):
+            ours[name] = economies(1, num_agents=len(coin), **fields).social_welfare(coin, utility)
+        for name, value in ours.items():
+            errors.compare(name, value[0], case[name])
+
+
+def economy_utilities(cases: list, errors: Errors):
+    for case in cases:
+        env = economies(1, eta=case["eta"], labor_coef=case["labor_coef"])
+        errors.compare(
+            "utility", env.utility(first([case["coin"]]), first([case["labor"]]), 1.0)[:, 0], case["utility"]
+        )
+
+
+def economy_annealing(cases: list, errors: Errors):
+    for case in cases:
+        env = economies(1, tax_warmup=float(case["warmup"]), tax_slope=case["slope"])
+        state = economy_state(env, completions=[case["completions"]])
+        errors.compare("limit", env.rate_limit(state)[0], case["limit"])
+        errors.compare("mask", env.valid_rates(state)[0, 0, 1:], case["mask"], EXACT)
+
+
+def economy_world(data: dict, errors: Errors):
+    """The map and the constants, and where each observation lies."""
+    env = economies(1)
+    codes = {"stone_sources": "s", "wood_sources": "w", "water": "~"}
+    for name, code in codes.items():
+        ours = [(r, c) for r, row in enumerate(env.layout) for c, tile in enumerate(row) if tile == code]
+        errors.compare(name, ours, sorted(map(tuple, data[name])), EXACT)
+    errors.compare("size", env.size, data["size"], EXACT)
+    errors.compare("payments", env.payments, data["ranked_build_payment"])
+    errors.compare("starts", env.corners, tile_of(env, data["ranked_start"]), EXACT)
+    errors.compare("cutoffs", env.cutoffs, data["bracket_cutoffs"])
+    errors.compare("US rates", economy.US_FEDERAL, data["us_federal_2018"])
+    errors.compare("planner's rates", np.arange(env.num_rates) * env.rate_step, data["disc_rates"])
+    kinds = [(f"ContinuousDoubleAuction.{side}_{good}", 11) for good in ("Stone", "Wood") for side in ("Buy", "Sell")]
+    actions = [["Build", 1]] + [[name, k + 1] for name, n in [*kinds, ("Gather", 4)] for k in range(n)]
+    errors.compare("actions", [actions == [data["action_table"][str(k + 1)] for k in range(49)]], [True], EXACT)
+    obs = env.original_obs(economy_state(env))
+    for name, fields in (
+        ("flat", data["flat_agent_fields"]),
+        ("planner_flat", data["flat_planner_fields"]),
+        ("planner_agents", data["flat_planner_per_agent_fields"]),
+    ):
+        errors.compare(f"width of {name}", obs[name].shape[-1], fields[-1][1] + fields[-1][2], EXACT)
+
+
+def episode_fields(config: dict) -> dict:
+    """Fields of the environment that a recorded episode needs; its counters are the state's."""
+    config, fields = dict(config), {}
+    tax = config.pop("tax", {})
+    fields["tax"] = "free" if tax.pop("disable_taxes", False) else BUCKETS[tax["tax_model"]]
+    tax.pop("tax_model", None)
+    schedule = tax.pop("tax_annealing_schedule", None)
+    if schedule:
+        fields["tax_warmup"], fields["tax_slope"] = map(float, schedule)
+    for key in ("seed", "completions", "integrator"):
+        config.pop(key, None)
+    if "planner_reward_type" in config:
+        fields["objective"] = OBJECTIVE[config.pop("planner_reward_type")]
+    if "pareto_weight_type" in tax:
+        fields["saez_uniform"] = tax.pop("pareto_weight_type") == "uniform"
+    unknown = set(config | tax) - set(RENAMED)
+    if unknown:
+        raise ValueError(f"config has {', '.join(sorted(unknown))}, which is not known here")
+    return fields | {RENAMED[key]: value for key, value in (config | tax).items()}
+
+
+def economy_episode(data: dict, errors: Errors):
+    """A whole episode with its recorded acting orders, draws and regrowth, step by step without correction."""
+    config, N = json.loads(str(data["config"])), data["action"].shape[1]
+    env = economies(1, num_agents=N, horizon=len(data["action"]), **episode_fields(config))
+    tolerance = SAEZ if env.tax == "saez" else REAL
+    tile = first(tile_of(env, data["init_loc"][None]), torch.int32)
+    state = env.make_state(tile, *(first(data[name][None]) for name in ("build_payment", "bonus_prob")))
+    state.completions += config.get("completions", 0)
+    state.worked += config.get("integrator", 0)
+    state.utility = env.utility(state.coin, state.labor, env.labor_weight(state))
+    if env.tax == "saez" and "saez_buffer" in data:
+        pairs = torch.as_tensor(data["saez_buffer"][::-1].T.copy())[..., None]  # the newest first
+        state.pairs = torch.nn.functional.pad(pairs, (0, 0, 0, 500), value=-1.0)[:, : env.saez_pairs]
+    source = {int(tile): k for k, tile in enumerate(env.sources)}
+    spawns = {t: [] for t in range(len(data["action"]))}
+    for t, resource, cell in data["spawn"].tolist():
+        k = source[int(tile_of(env, divmod(cell, env.size[1])))]
+        if (k >= env.num_stones) != resource:
+            raise ValueError(f"resource {resource} grows on the other one's source")
+        spawns[t].append(2 * N + k)
+    seen = {int(t): k for k, t in enumerate(data["obs_t"])}
+    for t in range(len(data["action"])):
+        if t in seen:
+            compare_observations(errors, env, state, data, seen[t])
+        noise = torch.ones(env.noise_rows, 1, dtype=torch.float64)
+        noise[:N, 0] = torch.as_tensor(np.argsort(data["order"][t]))  # the place of each agent in the order
+        noise[N : 2 * N, 0] = torch.as_tensor(np.nan_to_num(data["u"][t], nan=1.0))
+        noise[spawns[t]] = 0.0
+        action, rates = (torch.as_tensor(data[name][t]).long()[None] for name in ("action", "paction"))
+        errors.compare("position in the tax cycle", int(state.t) % env.period + 1, data["pos"][t], EXACT)
+        new = env.advance(state, action, noise, rates)
+        errors.compare("position", last(new.position)[0], tile_of(env, data["loc"][t]), EXACT)
+        now = {name: data[name][t][None] for name in ("inv", "labor", "esc")}
+        compare_holdings(errors, env, new, **now, tol=tolerance)
+        errors.compare("rates", new.rates[:, 0], data["rates"][t], tolerance)
+        reward = torch.cat(((new.utility - state.utility)[:, 0], new.welfare - state.welfare))
+        errors.compare("reward", reward, data["reward"][t], tolerance)
+        errors.compare("labor weight", torch.as_tensor(env.labor_weight(new)).flatten()[0], data["energy_w"][t])
+        state = new
+    final = (data[f"final_{name}"][None] for name in ("stone", "wood", "house_owner"))
+    compare_map(errors, env, state, *final)
+    metrics, coin = json.loads(str(data["final_metrics"])), env.endowment(state)
+    errors.compare("productivity", economy.total(coin)[0], metrics["social/productivity"], tolerance)
+    errors.compare("equality", economy.equality_of(coin)[0], metrics["social/equality"], tolerance)
+    utilities = [metrics[f"util/{i}"] for i in range(N)]
+    errors.compare("utility", state.utility[:, 0], utilities, tolerance)
+    errors.compare("welfare", state.welfare[0], metrics["util/p"], tolerance)
+
+
+def compare_observations(errors: Errors, env: economy.Economy, state: economy.State, data: dict, k: int):
+    """Recorded observations are float32. `build_skill` is left out, which is unrelated noise in them."""
+    ours = {name: value[0].float() for name, value in env.original_obs(state).items()}
+    errors.compare("map", ours["map"], data["obs_map"][k], EXACT)
+    errors.compare("index map", ours["index_map"], data["obs_idx_map"][k], EXACT)
+    flat, recorded = (np.delete(x, 1, 1) for x in (ours["flat"].numpy(), data["obs_flat"][k]))
+    errors.compare("flat", flat, recorded, 1e-6)
+    errors.compare("planner flat", ours["planner_flat"], data["obs_pflat"][k], 1e-6)
+    errors.compare("planner agents", ours["planner_agents"], data["obs_pp"][k], 1e-6)
+    errors.compare("mask", env.valid_actions(state)[0], data["obs_mask"][k], EXACT)
+    if env.tax == "planner":
+        errors.compare("planner mask", env.valid_rates(state)[0].flatten(), data["obs_pmask"][k], EXACT)
+
+
+def replay_economy(path: pathlib.Path, index: dict) -> dict[str, tuple[float, float]]:
+    """{quantity: (largest error, tolerance)}; what a file holds is told by the names in it."""
+    errors = Errors()
+    if path.suffix == ".json":
+        data = json.loads(path.read_text())
+        if "stone_sources" in data:
+            economy_world(data, errors)
+            return errors
+        kinds = {"rates": "taxes", "gini": "social", "eta": "utilities", "limit": "annealing"}
+        kind = next((name for key, name in kinds.items() if key in data["cases"][0]), None)
+        cases = (data["cases"], data["cutoffs"]) if kind == "taxes" else (data["cases"],)
+        functions = {"taxes": economy_taxes, "social": economy_social, "utilities": economy_utilities}
+        {**functions, "annealing": economy_annealing}[kind](*cases, errors)
+        return errors
+    data = dict(np.load(path))
+    kinds = {"spawn": economy_episode, "trades": economy_auctions, "gz": economy_saez, "stone_0": economy_single_steps}
+    kind = next((function for key, function in kinds.items() if key in data), None)
+    if kind is None:
+        raise ValueError("none of the known formats")
+    kind(data, errors)
+    return errors
+
+
 # (function, files) per kind: function(file, index) -> {quantity: (error, tolerance)}
 REPLAYS = {
     "particle": (replay_particle, "*.npz"),
     "traffic": (replay_traffic, "*.json"),
     "drones": (replay_drones, "*.npz"),
+    "economy": (replay_economy, "*.[jn][sp]*"),
 }
 
 
@@ -408,6 +776,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 2 or arguments[0] not in REPLAYS:
         print(f"usage: python tests/replay.py KIND FOLDER with KIND one of {', '.join(REPLAYS)}", file=sys.stderr)
         return 2
+    torch.set_num_threads(1)  # with two, small operations wait for each other where other programs run
     kind, folder = arguments[0], pathlib.Path(arguments[1])
     function, pattern = REPLAYS[kind]
     files = sorted(path for path in folder.glob(pattern) if path.name != "index.json")
