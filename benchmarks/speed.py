@@ -10,7 +10,10 @@
     python benchmarks/speed.py traffic                  # traffic_grid_v0, IDM and Krauss: about a minute
     python benchmarks/speed.py traffic --grid 2 4 6 --capacity 48 96    # ten minutes
     python benchmarks/speed.py coma                     # ernie_coma.py, in SUMO too where it is installed: two minutes
+    python benchmarks/speed.py mappo                    # ernie_mappo.py on simple_spread_v3: half a minute
+    python benchmarks/speed.py meanfield                # ernie_meanfield.py with 3 to 100 agents: five minutes
     python benchmarks/speed.py drones                   # leader_follower_v0 and hover_v0: half a minute
+    python benchmarks/speed.py economy --original ORIGINAL/bin/python    # economy_v0: two minutes; ORIGINAL: see below
 
 A repeat times every contestant once, for `--seconds` or longer; each repeat starts with another one, and ratios are
 taken within a repeat. Shown are the median and the quartiles over repeats. On a CPU the process is pinned to one core
@@ -47,6 +50,15 @@ of 60 s from second 200 on, when the streets have filled. Ratios are of car upda
 the batched simulator, and the same loop on one SUMO process. Seconds are the clock's on the wall, since SUMO's process
 has a CPU time of its own.
 
+`mappo` counts environment steps of ernie_mappo.py's iterations on simple_spread_v3, N=3, discrete actions, as --compile
+has them: rollout of 80 episodes at once, values and advantages, four epochs of four minibatches, as in JaxMARL's IPPO
+(16 environments, 128 steps, 64 units), whose rate is a recorded one, as are those of JaxMARL's recurrent MAPPO and of
+BenchMARL's.
+
+`meanfield` times what grows with N in ernie_meanfield.py, minibatches of 64, of which 16 are regularised: the networks
+(actor and critic, forwards and backwards, own states given), the update without and with the regulariser; and the
+resident memory that a process has needed at most.
+
 `drones` counts environment steps (two quadcopters fly 1/48 s, 1/30 s in hover, in substeps of 1/240 s) in episodes of
 242 steps, reset included, with actions drawn beforehand.
 
@@ -55,6 +67,20 @@ has a CPU time of its own.
                      v1.0.0, whichever is installed; one environment beside every B
     crazyflow        the bare simulation (first principles, rotor speeds in) of two drones in each of B worlds, ten
                      substeps of 1/500 s, without observation, reward or end
+
+`economy` counts environment steps of the four-agent game with actions drawn beforehand (half of them moves, a fifth
+builds, a quarter orders) and random tax rates, random numbers included.
+
+    eager, compiled  envs.economy: new state, observations of all agents, rewards and masks
+    dynamics         the same compiled, without observations and masks
+    ai-economist     the original in Python with all its observations and masks; one environment beside every B. It
+                     needs numpy below 1.24, so it runs in a Python of its own, whose CPU time counts:
+                     python3.11 -m venv ORIGINAL
+                     ORIGINAL/bin/pip install numpy==1.23.5 scipy==1.10.1 'pandas<2.1' 'contourpy<1.2' matplotlib
+                     ORIGINAL/bin/pip install pyyaml lz4 tqdm GPUtil pycryptodome
+                     ORIGINAL/bin/pip install --no-deps ai-economist==1.7.1
+    econojax         always a recorded figure: jitted step, observations and masks, four agents, B = 1024; a simpler
+                     game (no space, houses or water)
 
 A peer that is not installed stands there with the figure recorded earlier, on two shared cores of another machine: its
 ratios compare machines too.
@@ -65,6 +91,7 @@ import ctypes
 import itertools
 import math
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -89,6 +116,8 @@ import envs
 import ermas_bimatrix
 import ernie_coma
 import ernie_maddpg as script
+import ernie_mappo
+import ernie_meanfield
 from envs import sumo
 from envs.traffic import Traffic, fixed_time
 
@@ -533,6 +562,125 @@ def bench_coma(
     write_csv(out, rows)
 
 
+RECORDED_PPO = {
+    "JaxMARL IPPO": 32_200.0,
+    "JaxMARL MAPPO-RNN": 2_460.0,
+    "BenchMARL MAPPO": 355.0,
+}  # steps per CPU-second
+
+
+def mappo_loop(timing: Timing, regularizer: str, share_parameters: bool) -> Callable[[], None]:
+    """An iteration: episodes and their update."""
+    options = {"regularizer": regularizer, "share_parameters": share_parameters, "num_envs": 80, "reg_batch_size": 128}
+    options |= {"env_id": "simple_spread_v3", "continuous_actions": False, "update_epochs": 4, "num_minibatches": 4}
+    args = ernie_mappo.Args(**options)
+    device = torch.device(timing.device)
+    env = ernie_mappo.make_task(args, args.num_envs, device)
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+    step, loss_of = compiled(env.step), ernie_mappo.ppo_loss if args.regularized else compiled(ernie_mappo.ppo_loss)
+    nets, optimizer = ernie_mappo.make_mappo(env, args)
+    norm = ernie_mappo.measure_norm(ernie_mappo.play_randomly(env.step, env, args), args.num_envs)
+    unit = ernie_mappo.perturbation_unit(norm, args)
+    names = ("rollout", "minibatches", "noise")
+    streams = {name: ernie_mappo.make_generators(args.seed, 1, name, device) for name in names}
+    value_norm = torch.zeros(3, 1, 1, env.num_agents, dtype=torch.float64, device=device)
+
+    def turn() -> None:
+        replay = ernie_mappo.play_episodes(step, env, nets["actor"], norm, streams["rollout"], args)
+        batch, _ = ernie_mappo.prepare_episodes(nets, replay, norm, value_norm, env, args)
+        ernie_mappo.update_ppo(nets, optimizer, loss_of, batch, unit, streams, env, args)
+
+    return turn
+
+
+def bench_mappo(timing: Timing, out: Path = RESULTS / "speed_mappo.csv") -> None:
+    """Environment steps per second of training, beside recorded figures of JaxMARL and BenchMARL."""
+    clock = prepare(timing)
+    ways = {"none, shared": ("none", True), "none": ("none", False), "stackelberg": ("stackelberg", False)}
+    times = interleave({name: mappo_loop(timing, *way) for name, way in ways.items()}, timing, clock)
+    rates = {name: 80 * T / values for name, values in times.items()}
+    rates |= {f"{name}, recorded": np.full(timing.repeats, rate) for name, rate in RECORDED_PPO.items()}
+    rows = []
+    print(f"\n{'':31}{'env steps/s (quartiles)':27}" + "".join(f"{f'{way} is times':27}" for way in ways))
+    for name, rate in rates.items():
+        row = {"device": timing.device, "name": name, "repeats": len(rate)} | quartiles("steps_per_second", rate)
+        for way in ways:
+            row |= quartiles(f"{way}_is_times", rates[way] / rate)
+        print(f"{name:30}", *(text(row, k) for k in ("steps_per_second", *(f"{way}_is_times" for way in ways))))
+        rows.append(row)
+    write_csv(out, rows)
+
+
+def crowds(N: int, device: str) -> dict[str, Callable[[], None]]:
+    """What grows with N, by name."""
+    device, jobs = torch.device(device), {}
+    for mode in ("none", "stackelberg"):
+        counts = {"num_agents": N, "eval_agents": (N,), "batch_size": 64, "reg_batch_size": 16}
+        args = ernie_meanfield.Args(regularizer=mode, num_envs=4, **counts)
+        env = ernie_meanfield.make_crowd_env(args, args.num_envs, device)
+        nets, optimizers = ernie_meanfield.make_mean_field(env, args)
+        replay = ernie_meanfield.make_crowd_replay(env, 1, args.num_envs)
+        generators = ernie_meanfield.make_generators(args.seed, 1, "speed", device)
+        ernie_meanfield.rollout_crowd(env.step, env, nets, replay, 0, 0.5, generators, args)
+        losses = {"critic": ernie_meanfield.mean_field_critic_loss, "actor": ernie_meanfield.mean_field_actor_loss}
+
+        def update(nets=nets, optimizers=optimizers, replay=replay, env=env, args=args) -> None:
+            batch = ernie_meanfield.sample_crowds(replay, args.num_envs, args.batch_size, generators)
+            batch, noise = ernie_meanfield.add_own(batch, args), ernie_meanfield.draw_moves(generators, env, args)
+            ernie_meanfield.update_mean_field(nets, optimizers, losses, batch, noise, env, args)
+
+        jobs[f"update, {mode}"] = update
+    batch = ernie_meanfield.sample_crowds(replay, args.num_envs, args.batch_size, generators)
+    batch = ernie_meanfield.add_own(batch, args)
+    crowd = ernie_meanfield.crowd_of(batch["own"])
+
+    def networks() -> None:
+        z = ernie_meanfield.respond(nets, "actor", batch["own"], crowd, batch["landmarks"], args)
+        q = ernie_meanfield.mean_field_q(nets, "critic", batch, crowd, z, ernie_meanfield.others_mean(z), args)
+        names = [f"{role}_{part}" for role in ("actor", "critic") for part in ernie_meanfield.PARTS]
+        torch.autograd.grad(q.sum(), [nets[name].flat for name in names])
+
+    return {"networks": networks} | jobs
+
+
+def peak_memory(N: int, mode: str) -> float:
+    """MiB that two updates with N agents need at most beyond what they find, in a process of their own."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import speed\n"
+    code += "lines = lambda: open('/proc/self/status').read().splitlines()\n"  # ru_maxrss has the parent's too
+    code += "top = lambda: int(next(line for line in lines() if line.startswith('VmHWM')).split()[1]) / 1024\n"
+    code += f"speed.torch.set_num_threads(1); few = speed.crowds(3, 'cpu')['update, {mode}']; few(); few()\n"
+    code += f"before = top(); many = speed.crowds({N}, 'cpu')['update, {mode}']; many(); many(); print(top() - before)"
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def bench_meanfield(
+    timing: Timing, num_agents: tuple[int, ...] = (3, 6, 15, 30, 100), out: Path = RESULTS / "speed_meanfield.csv"
+) -> None:
+    """Seconds and memory of what grows with N in ernie_meanfield.py, as a table and a plot."""
+    clock, rows = prepare(timing), []
+    print(f"{'N':>5}  {'':21}{'milliseconds (quartiles)':27}MiB")
+    for N in num_agents:
+        for name, values in interleave(crowds(N, timing.device), timing, clock).items():
+            memory = math.nan if name == "networks" or timing.device != "cpu" else peak_memory(N, name.split(", ")[1])
+            row = {"device": timing.device, "num_agents": N, "name": name, "repeats": len(values)}
+            rows.append(row | quartiles("milliseconds", 1000 * values) | {"peak_mib": memory})
+            print(f"{N:5}  {name:20}", text(rows[-1], "milliseconds"), f"{memory:6.0f}", flush=True)
+    write_csv(out, rows)
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [row for row in rows if row["name"] == name]
+        for axis, column in zip(axes, ("milliseconds", "peak_mib")):
+            axis.plot(num_agents, [row[column] for row in mine], marker="o", label=name)
+    for axis, label in zip(axes, ("milliseconds", "MiB beyond those of N = 3")):
+        axis.set(xscale="log", yscale="log", xlabel="number of agents", ylabel=label)
+        axis.set_xticks(num_agents, num_agents)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(out.with_suffix(".png"), dpi=110)
+
+
 # Contestants of `drones`: (task, B, device) -> a function that plays an episode
 
 RECORDED = {  # steps per CPU-second, of gym-pybullet-drones and of crazyflow 0.4.0 at B = 4096 and 10 substeps
@@ -624,6 +772,139 @@ def bench_drones(
     write_csv(out, rows)
 
 
+# Contestants of `economy`: (B, device) -> a function that plays PLAYED steps, with a reset after 1,000
+
+PLAYED = 100  # steps of a call
+PEERS_OF_ECONOMY = {
+    "ai-economist": 967.0,
+    "econojax": 20_500.0,
+}  # recorded: steps per CPU-second, the latter at B = 1024
+ORIGINAL = """
+import sys
+import numpy as np
+from ai_economist import foundation
+
+components = [
+    ("Build", dict(skill_dist="pareto", payment_max_skill_multiplier=3)),
+    ("ContinuousDoubleAuction", dict(max_num_orders=5)),
+    ("Gather", dict(skill_dist="pareto")),
+    ("PeriodicBracketTax", dict(period=100, tax_model="model_wrapper", bracket_spacing="us-federal", usd_scaling=1000)),
+]
+env = foundation.make_env_instance(
+    scenario_name="layout_from_file/simple_wood_and_stone",
+    env_layout_file="quadrant_25x25_20each_30clump.txt",
+    components=components,
+    fixed_four_skill_and_loc=True,
+    starting_agent_coin=0,
+    n_agents=4,
+    world_size=[25, 25],
+    episode_length=1000,
+    multi_action_mode_planner=True,
+    planner_gets_spatial_info=False,
+    flatten_observations=True,
+    flatten_masks=True,
+)
+t = 0
+for line in sys.stdin:
+    for action, rates in zip(actions, planner):
+        if t % 1000 == 0:
+            env.reset()
+        t += 1
+        env.step({**{str(i): int(a) for i, a in enumerate(action)}, "p": rates})
+    print("done", flush=True)
+"""
+
+
+def draw_plays(B: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Actions [PLAYED, B, 4] and choices of rates [PLAYED, B, 7]."""
+    generator = torch.Generator().manual_seed(0)
+    kind, which = torch.rand(2, PLAYED, B, 4, generator=generator)
+    order, move = 2 + (44 * which).long(), 46 + (4 * which).long()
+    actions = torch.where(kind < 0.5, move, torch.where(kind < 0.7, 1, torch.where(kind < 0.95, order, 0)))
+    return actions, torch.randint(22, (PLAYED, B, 7), generator=generator)
+
+
+def markets(B: int, device: str, compile: bool, full: bool = True) -> Callable[[], None]:
+    env = envs.make("economy_v0", num_envs=B, device=device)
+    step = env.step if full else env.advance
+    step = torch.compile(step, fullgraph=True, dynamic=False) if compile else step
+    generators = [torch.Generator(env.device).manual_seed(0)]
+    actions, planner = (x.to(env.device) for x in draw_plays(B))
+    state, t = None, 0
+
+    def play() -> None:
+        nonlocal state, t
+        for action, rates in zip(actions, planner):
+            if t % env.horizon == 0:
+                state, _ = env.reset(generators)
+            result, t = step(state, action, env.draw(generators), rates), t + 1
+            state = result[0] if full else result
+
+    return play
+
+
+def original_economy(python: Path) -> tuple[Callable[[], None], subprocess.Popen]:
+    """It runs in another process, which plays PLAYED steps for every line that it reads."""
+    actions, planner = (x[:, 0].tolist() for x in draw_plays(1))
+    code = f"actions, planner = {actions}, {planner}\n{ORIGINAL}"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    worker = subprocess.Popen([python, "-W", "ignore", "-c", code], **pipes)
+
+    def play() -> None:
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+        while (line := worker.stdout.readline()) != "done\n":
+            if not line:
+                raise RuntimeError(f"ai-economist does not run in {python}")
+
+    return play, worker
+
+
+MARKETS = {
+    "eager": partial(markets, compile=False),
+    "compiled": partial(markets, compile=True),
+    "dynamics": partial(markets, compile=True, full=False),
+}
+
+
+def bench_economy(
+    timing: Timing,
+    num_envs: tuple[int, ...] = (1024,),
+    original: Path | None = None,
+    out: Path = RESULTS / "speed_economy.csv",
+) -> None:
+    """Environment steps per second of B `num_envs`, beside ai-economist in the Python interpreter `original`."""
+    clock, rows, worker = prepare(timing), [], None
+    both = clock
+    if original is not None:
+        play_original, worker = original_economy(original)
+        cpu_clock = (~worker.pid << 3) | 2  # Linux's number for the CPU time of that process
+        if timing.device == "cpu":
+
+            def both() -> float:
+                return clock() + time.clock_gettime(cpu_clock)
+
+    for B in num_envs:
+        torch.compiler.reset()
+        jobs = {name: build(B, timing.device) for name, build in MARKETS.items()}
+        jobs |= {} if worker is None else {"ai-economist": play_original}
+        times = interleave(jobs, timing, both)
+        rates = {name: (1 if name == "ai-economist" else B) * PLAYED / values for name, values in times.items()}
+        for name, rate in PEERS_OF_ECONOMY.items():
+            rates |= {} if name in rates else {f"{name}, recorded": np.full(timing.repeats, rate)}
+        print(f"\n{f'B={B}':23}{'steps/s (quartiles)':27}" + "".join(f"{f'{c} is times':27}" for c in MARKETS))
+        for name, rate in rates.items():
+            row = {"device": timing.device, "num_envs": B, "name": name, "repeats": len(rate)}
+            row |= quartiles("steps_per_second", rate)
+            for c in MARKETS:
+                row |= quartiles(f"{c}_is_times", rates[c] / rate)
+            print(f"{name:22}", *(text(row, k) for k in ("steps_per_second", *(f"{c}_is_times" for c in MARKETS))))
+            rows.append(row)
+        write_csv(out, rows)
+    if worker is not None:
+        worker.stdin.close()
+
+
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
         {
@@ -632,7 +913,10 @@ if __name__ == "__main__":
             "games": bench_games,
             "traffic": bench_traffic,
             "coma": bench_coma,
+            "mappo": bench_mappo,
+            "meanfield": bench_meanfield,
             "drones": bench_drones,
+            "economy": bench_economy,
         },
         config=(tyro.conf.OmitArgPrefixes,),
     )

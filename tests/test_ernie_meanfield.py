@@ -1,0 +1,1186 @@
+"""ernie_meanfield.py: transport against the exact one, gradients against finite differences, losses by hand, runs."""
+
+import csv
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from commands import ROOT, bad_value, finish, fourth_order, only, plain, refusal, start_script, without_speed
+from PIL import Image
+from scipy.optimize import linear_sum_assignment
+
+import ernie_meanfield as script
+from ernie_meanfield import PARTS, Args
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SMALL = dict(num_agents=3, num_envs=2, batch_size=8, hidden_size=8, learning_starts=50, buffer_size=150)
+SMALL |= dict(reg_batch_size=4, transport_steps=10, eval_episodes=2, eval_agents=(3,), track=False)
+SMALL |= dict(total_timesteps=200, log_interval=100, checkpoint_interval=100)  # four iterations, three updates
+ROLES = ("critic", "actor")
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_float32_afterwards():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more than one wait for each other where a core is busy
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float32)
+
+
+def close(a, b, rtol=1e-10, atol=1e-12):
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+def random(*shape, seed=0, dtype=None):
+    """Standard normal numbers."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=DEVICE, dtype=dtype or torch.get_default_dtype())
+
+
+def world(**options):
+    """(args, env, nets, replay, batch, noise): two seeds of four agents with random networks far from linear, whose
+    targets are others, and an episode of random play in replay; float64."""
+    torch.set_default_dtype(torch.float64)
+    small = dict(num_seeds=2, num_agents=4, hidden_size=6, activation="tanh", num_envs=3, batch_size=7)
+    args = Args(**(SMALL | small | dict(reg_batch_size=5, transport_steps=60) | options))
+    env = script.envs.make(
+        args.env_id, args.num_seeds * args.num_envs, DEVICE, torch.float64, num_agents=args.num_agents
+    )
+    nets, _ = script.make_mean_field(env, args)
+    for k, net in enumerate(nets.values()):
+        net.flat.detach().mul_(1.5).add_(0.2 * random(*net.flat.shape, seed=k))
+    replay = script.make_crowd_replay(env, args.num_seeds, args.num_envs)
+    streams = script.make_generators(3, args.num_seeds, "test", DEVICE)
+    script.rollout_crowd(env.step, env, nets, replay, 0, 0.8, streams, args)
+    batch = script.add_own(script.sample_crowds(replay, args.num_envs, args.batch_size, streams), args)
+    return args, env, nets, replay, batch, script.draw_moves(streams, env, args)
+
+
+# ---------------------------------------------------------------------------------------------------- optimal transport
+
+
+def exact_w(moved, crowd):
+    """W1 of crowds [..., N, 2] by the best assignment, float64."""
+    cost = torch.cdist(moved.double(), crowd.double(), compute_mode="donot_use_mm_for_euclid_dist").cpu().numpy()
+    found = [c[linear_sum_assignment(c)].mean() for c in cost.reshape(-1, *cost.shape[-2:])]
+    return torch.tensor(np.array(found).reshape(cost.shape[:-2]), device=DEVICE)
+
+
+def clouds(kind, n, count=30):
+    """Pairs of crowds [count, n, 2] in float64."""
+    random64 = partial(random, dtype=torch.float64)
+    x, other = (2 * torch.special.ndtr(random64(count, n, 2, seed=k)) - 1 for k in (1, 2))
+    if isinstance(kind, float):
+        return x + kind * random64(count, n, 2, seed=3), x
+    if kind == "from one place":
+        return other, x[:, :1].expand_as(x)
+    if kind == "to one place":
+        return other[:, :1].expand_as(x), x
+    if kind == "from a line":
+        return other, x * torch.tensor([1.0, 0.0], device=DEVICE)
+    if kind == "on a line":
+        return other * torch.tensor([1.0, 0.0], device=DEVICE), x * torch.tensor([1.0, 0.0], device=DEVICE)
+    if kind == "duplicated":
+        return other[:, torch.arange(n) // 2], x[:, torch.arange(n) // 2]
+    return {"unrelated": other, "shuffled": x.flip(1), "far": other + 50}[kind], x
+
+
+CLOUDS = [0.02, 0.1, 0.3, "unrelated", "shuffled", "far", "from one place", "to one place", "duplicated"]
+CLOUDS += ["from a line", "on a line"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [3, 6, 15, 30])
+@pytest.mark.parametrize("kind", CLOUDS)
+def test_transport_is_the_exact_one(kind, n, dtype):
+    moved, crowd = clouds(kind, n)
+    args = Args(transport_steps=500) if "line" in str(kind) else Args()  # many plans are best or nearly so
+    found = script.wasserstein(moved.to(dtype), crowd.to(dtype), args)
+    exact = exact_w(moved, crowd)
+    assert found.dtype == dtype and found.shape == (30,)
+    assert ((found.double() - exact).abs() <= 0.01 * exact + 1.001e-6).all()  # distances are at least 1e-6
+    if isinstance(kind, float):  # W is at most the mean length of the moves
+        assert (found <= (moved - crowd).norm(dim=-1).mean(-1) * (1 + 1e-5) + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_transport_of_a_crowd_to_itself_is_free(size, dtype):
+    for kind, n in itertools.product(("unrelated", "to one place", "on a line", "duplicated"), (3, 15)):
+        crowd = (size * clouds(kind, n)[0]).to(dtype)
+        assert (script.wasserstein(crowd, crowd, Args()) <= 1e-6 * (1 + 1e-5)).all()
+    moved, crowd = clouds("unrelated", 6)  # no unit of length
+    found = script.wasserstein((size * moved).to(dtype), (size * crowd).to(dtype), Args())
+    assert ((found.double() / (size * exact_w(moved, crowd)) - 1).abs() < 0.01).all()
+
+
+def test_distances_and_their_gradient_at_zero():
+    moved, crowd = random(2, 3, 4, 2).requires_grad_(), random(2, 3, 4, 2, seed=1)
+    found = script.distances(moved, crowd)
+    for i, j in itertools.product(range(4), range(4)):
+        close(found[..., i, j], (moved[..., i, :] - crowd[..., j, :]).norm(dim=-1), 1e-5, 1e-7)
+    same = crowd.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(script.distances(same, crowd).diagonal(dim1=-2, dim2=-1).sum(), same)
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("kind", [0.1, "unrelated", "duplicated", "from one place", "from a line"])
+def test_plan_carries_equal_masses(kind):
+    moved, crowd = clouds(kind, 6)
+    plan = script.transport_plan(script.distances(moved, crowd), Args())
+    sixth = torch.full_like(plan[..., 0], 1 / 6)
+    assert (plan >= 0).all()
+    close(plan.sum(-2), sixth, 1e-6)
+    close(plan.sum(-1), sixth, 1e-2)
+
+
+def test_transport_costs_at_most_what_staying_does():
+    """However bad the plan is."""
+    for kind, n in itertools.product((0.02, 0.3, "unrelated"), (3, 15)):
+        moved, crowd = clouds(kind, n)
+        found = script.wasserstein(moved, crowd, Args(transport_steps=1, transport_beta=5.0))
+        assert (found <= (moved - crowd).norm(dim=-1).mean(-1) * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("n", [3, 6])
+@pytest.mark.parametrize("kind", [0.1, 0.3, "unrelated"])
+def test_gradient_of_transport_is_that_of_the_exact_one(kind, n):
+    torch.set_default_dtype(torch.float64)
+    moved, crowd = clouds(kind, n, 20)
+    direction, leaf = random(*moved.shape), moved.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(script.wasserstein(leaf, crowd, Args(transport_steps=500)).sum(), leaf)
+    close((grad * direction).sum((1, 2)), fourth_order(lambda h: exact_w(moved + h * direction, crowd), 1e-6), 1e-5)
+    other = crowd.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(script.wasserstein(moved, other, Args(transport_steps=500)).sum(), other)
+    close((grad * direction).sum((1, 2)), fourth_order(lambda h: exact_w(moved, crowd + h * direction), 1e-6), 1e-5)
+
+
+def test_no_gradient_flows_through_the_plan():
+    """One iteration leaves a plan that is none of the best, and depends on the costs."""
+    torch.set_default_dtype(torch.float64)
+    args = Args(transport_steps=1, transport_beta=5.0)
+    moved, crowd = clouds("unrelated", 5)
+    leaf = moved.clone().requires_grad_()
+    cost = script.distances(leaf, crowd)
+    plan = script.transport_plan(cost, args)
+    assert not plan.requires_grad and ((plan > 0) & (plan < 0.19)).any()
+    grad = torch.autograd.grad(script.wasserstein(leaf, crowd, args).sum(), leaf)[0]
+    away = moved.unsqueeze(-2) - crowd.unsqueeze(-3)
+    close(grad, (plan[..., None] * away / away.norm(dim=-1, keepdim=True)).sum(-2))
+
+
+# --------------------------------------------------------------------------------------------------- networks and views
+
+
+def written_out(nets, who, s, own, crowd, landmarks):
+    """respond() for one agent of seed s: own [k], crowd [N, 2], landmarks [L, 2]."""
+    role, _, target = who.partition("_")
+    head, *encoders = (nets["_".join([role, part] + [target] * bool(target))] for part in PARTS)
+    pooled = [
+        torch.stack([plain(net, s, p) for p in points]).mean(0) for net, points in zip(encoders, (crowd, landmarks))
+    ]
+    return plain(head, s, torch.cat([own, *pooled]))
+
+
+@pytest.mark.parametrize("who", ["actor", "critic", "actor_target", "critic_target"])
+def test_networks_are_those_written_out(who):
+    args, env, nets, _, batch, _ = world()
+    own, crowd = batch["own"], batch["own"][..., None, :, 2:4] + 0.1
+    if who.startswith("critic"):
+        own = torch.cat([own, random(*own.shape[:3], 10)], -1)
+    found = script.respond(nets, who, own, crowd, batch["landmarks"], args)
+    assert found.shape == (2, 7, 4, 1 if who.startswith("critic") else 5)
+    for s, m, n in itertools.product(range(2), range(0, 7, 3), range(4)):
+        expected = written_out(nets, who, s, own[s, m, n], crowd[s, m, 0], batch["landmarks"][s, m, 0])
+        close(found[s, m, n], expected)
+    many = [x.expand(-1, -1, 4, -1, -1) for x in (crowd, batch["landmarks"])]  # a crowd for each agent
+    close(script.respond(nets, who, own, *many, args), found)
+    many[0] = many[0] + random(2, 7, 4, 1, 1)
+    found = script.respond(nets, who, own, *many, args)
+    close(found[1, 2, 3], written_out(nets, who, 1, own[1, 2, 3], many[0][1, 2, 3], many[1][1, 2, 3]))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("role", ROLES)
+def test_order_of_crowd_landmarks_and_agents(role, shared):
+    args, env, nets, _, batch, _ = world()
+    own, order, marks = batch["own"], torch.tensor([2, 0, 3, 1]), torch.tensor([1, 3, 0, 2])
+    if role == "critic":
+        own = torch.cat([own, random(*own.shape[:3], 10)], -1)
+    crowd, landmarks = script.crowd_of(own), batch["landmarks"]
+    if not shared:
+        crowd, landmarks = (x + 0.1 * random(2, 7, 4, 4, 2) for x in (crowd, landmarks))
+    out = script.respond(nets, role, own, crowd, landmarks, args)
+    close(script.respond(nets, role, own, crowd[..., order, :], landmarks[..., marks, :], args), out, 1e-12)
+    for other in (crowd + 0.1, landmarks + 0.1):  # both are seen
+        seen = (other, landmarks) if other.shape == crowd.shape and (other - crowd).std() < 1e-9 else (crowd, other)
+        assert (script.respond(nets, role, own, *seen, args) - out).abs().max() > 1e-4
+    if not shared:
+        crowd, landmarks = crowd[:, :, order], landmarks[:, :, order]
+    close(script.respond(nets, role, own[:, :, order], crowd, landmarks, args), out[:, :, order], 1e-12)
+    twice = script.respond(nets, role, own, torch.cat([crowd, crowd], -2), landmarks, args)
+    close(twice[:, :, order] if not shared else twice, out if shared else twice[:, :, order], 1e-12)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("transport", ["penalty", "budget"])
+def test_order_of_agents_does_not_matter_to_the_regulariser(role, transport):
+    args, env, nets, _, batch, noise = world(transport=transport)
+    order = torch.tensor([2, 0, 3, 1])
+    found = []
+    for index in (torch.arange(4), order):
+        part = {"own": batch["own"][:, :, index], "landmarks": batch["landmarks"].flip(3)}
+        z = noise["crowd"].unflatten(-1, (4, 2))[:, :, index].flatten(-2)
+        change = changes(role, nets, part, batch["actions"][:, :, index], args)
+        found.append(script.crowd_regularizer("stackelberg", change, part["own"][:, :5, :, 2:4], z, args))
+    close(found[1][0], found[0][0], 1e-8)
+    close(found[1][1].unflatten(-1, (4, 2)), found[0][1].unflatten(-1, (4, 2))[:, :, order], 1e-8)
+
+
+def test_perturbations_of_samples_do_not_depend_on_each_other():
+    args, env, nets, _, batch, noise = world()
+    _, delta = regularize("critic", nets, batch, noise, args)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    mixed = {name: value[:, :5][:, order] for name, value in batch.items()}
+    _, other = regularize("critic", nets, mixed, {"crowd": noise["crowd"][:, order]}, args)
+    close(other, delta[:, order], 1e-9)
+
+
+def test_perceive_has_the_nearest():
+    args, env, _, _, batch, _ = world(num_agents=6, eval_agents=(6,), nearest_landmarks=4, nearest_agents=3)
+    body, marks = batch["body"], batch["landmarks"]
+    for crowd, landmarks in (
+        (script.crowd_of(body), marks),
+        (script.crowd_of(body).expand(-1, -1, 6, -1, -1), marks + 0.1 * random(2, 7, 6, 6, 2)),
+    ):
+        own = script.perceive(body, crowd, landmarks, args)
+        assert own.shape == (2, 7, 6, 4 + 8 + 6)
+        for s, m, n in itertools.product(range(2), range(7), range(6)):
+            here = body[s, m, n, 2:]
+            row = min(n, landmarks.shape[2] - 1)
+            away = sorted((x - here for x in landmarks[s, m, row]), key=lambda d: d.norm().item())[:4]
+            others = [body[s, m, k, 2:] - here for k in range(6) if k != n]
+            others = sorted(others, key=lambda d: d.norm().item())[:3]
+            close(own[s, m, n], torch.cat([body[s, m, n], *away, *others]))
+
+
+def test_perceive_of_nothing_is_the_body():
+    args, _, _, _, batch, _ = world(nearest_landmarks=0, nearest_agents=0)
+    close(script.perceive(batch["body"], script.crowd_of(batch["body"]), batch["landmarks"], args), batch["body"])
+
+
+@pytest.mark.parametrize("n", [2, 3, 15])
+def test_views_are_the_places(n):
+    """In float32, as they are used."""
+    env = script.envs.make("simple_spread_v3", 6, DEVICE, num_agents=n)
+    state, _ = env.reset([torch.Generator(DEVICE).manual_seed(k) for k in range(2)])
+    state = env.step(state, torch.rand(6, n, 5, device=DEVICE))[0]
+    crowd, landmarks = script.views(env.observe(state).unflatten(0, (2, 3)), env)
+    assert crowd.shape == landmarks.shape == (2, 3, n, n, 2)
+    position, marks = (x.permute(2, 0, 1).unflatten(0, (2, 3)) for x in (state.position, state.landmarks))
+    for i in range(n):
+        others = [i, *(k for k in range(n) if k != i)]  # itself first
+        close(crowd[:, :, i], position[:, :, others], 0, 1e-6)
+        close(landmarks[:, :, i], marks, 0, 1e-6)
+
+
+def test_without_noise_acting_is_what_training_does():
+    args, env, nets, *_ = world()
+    state, obs = env.reset(script.make_generators(1, 2, "a", DEVICE))
+    for _ in range(3):  # agents come to have velocities
+        state, obs, *_ = env.step(state, random(6, 4, 5).abs())
+    obs = obs.unflatten(0, (2, 3))
+    landmarks = state.landmarks.permute(2, 0, 1).unflatten(0, (2, 3)).unsqueeze(2)
+    own = script.perceive(obs[..., :4], script.crowd_of(obs), landmarks, args)
+    close(script.crowd_of(own).squeeze(2), state.position.permute(2, 0, 1).unflatten(0, (2, 3)))
+    z = script.respond(nets, "actor", own, script.crowd_of(own), landmarks, args)
+    found = script.act_on(nets, obs, env, args)
+    close(found, z)
+    noisy = obs.clone()
+    noisy[:, :, 1] += 0.1 * random(*obs[:, :, 1].shape)
+    moved = (script.act_on(nets, noisy, env, args) - found).abs().amax((0, 1, 3)) > 0
+    assert moved.tolist() == [False, True, False, False]  # the others do not see its noise
+
+
+# ------------------------------------------------------------------------------------------------------- regulariser
+
+
+def changes(role, nets, batch, action, args, rows=5):
+    if role == "critic":
+        return script.change_of_q(nets, batch, rows, action, args)
+    return script.change_of_actor(nets, batch, rows, args)
+
+
+def regularize(role, nets, batch, noise, args, mode=None):
+    """R [S, M] and delta."""
+    change = changes(role, nets, batch, batch["actions"], args)
+    crowd = script.crowd_of(batch["own"]).squeeze(2)[:, :5]
+    return script.crowd_regularizer(mode or args.regularizer, change, crowd, noise["crowd"], args)
+
+
+def with_flat(nets, name, flat):
+    return nets | {name: script.MLP(flat, nets[name].sizes)}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_change_is_the_networks_written_out(role):
+    args, env, nets, _, batch, _ = world()
+    moved = batch["own"][:, :5, :, 2:4] + 0.2 * random(2, 5, 4, 2)
+    found = changes(role, nets, batch, batch["actions"], args)(moved)
+    for s, m in itertools.product(range(2), range(5)):
+        total = 0.0
+        for n in range(4):
+            own, action = batch["own"][s, m, n], batch["actions"][s, m]
+            if role == "critic":
+                others = (action.sum(0) - action[n]) / 3
+                own = torch.cat([own, action[n], others])
+            out = [
+                written_out(nets, role, s, own, crowd, batch["landmarks"][s, m, 0])
+                for crowd in (moved[s, m], batch["own"][s, m, :, 2:4])
+            ]
+            total += (out[0] - out[1]).square().sum() / 4
+        close(found[s, m], total)
+
+
+def exact_budget(delta, crowd, epsilon, args):
+    """The projection that within_budget() approximates, found to the last digit; no gradient."""
+    move = delta.unflatten(-1, (-1, 2))
+    low = epsilon / move.norm(dim=-1).mean(-1).clamp_min(epsilon)
+    high = torch.ones_like(low)
+    for _ in range(40):
+        middle = (low + high) / 2
+        inside = script.wasserstein(crowd + middle[..., None, None] * move, crowd, args) <= epsilon
+        low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+    low = torch.where(script.wasserstein(crowd + move, crowd, args) <= epsilon, 1.0, low)
+    return (low[..., None, None] * move).flatten(-2)
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 0.4])
+def test_gradient_of_the_budget_is_that_of_the_exact_projection(epsilon):
+    torch.set_default_dtype(torch.float64)
+    args = Args(transport_steps=60)
+    _, crowd = clouds(0.1, 4, 20)
+    delta, direction, weight = (random(20, 8, seed=k) for k in (5, 6, 7))
+    leaf = delta.clone().requires_grad_()
+    projected = script.within_budget(leaf, crowd, epsilon, args)
+    close(projected.detach(), exact_budget(delta, crowd, epsilon, args), 0, 2e-3)
+    assert (projected - leaf).abs().amax(-1).gt(0.01).all()
+    (grad,) = torch.autograd.grad((projected * weight).sum(), leaf)
+    measured = fourth_order(lambda h: (exact_budget(delta + h * direction, crowd, epsilon, args) * weight).sum(-1))
+    predicted = (grad * direction).sum(-1)
+    assert ((predicted - measured).norm() / measured.norm()).item() < 5e-3
+
+
+CASES = [("penalty", 1), ("penalty", 3), ("budget", 1), ("budget", 3)]
+
+
+@pytest.mark.parametrize("part", ["head", "crowd"])
+@pytest.mark.parametrize("transport,steps", CASES)
+@pytest.mark.parametrize("role", ROLES)
+def test_hypergradient_is_the_derivative_of_the_whole_unroll(monkeypatch, role, transport, steps, part):
+    options = dict(transport=transport, attack_steps=steps, epsilon=0.3, transport_coef=1e-3)
+    args, env, nets, _, batch, noise = world(**options)
+    name = f"{role}_{part}"
+    flat = nets[name].flat.detach().clone().requires_grad_()
+    value, delta = regularize(role, with_flat(nets, name, flat), batch, noise, args)
+    (grad,) = torch.autograd.grad(value.mean(), flat, retain_graph=True)
+    leader, fixed = regularize(role, with_flat(nets, name, flat), batch, noise, args, "adversarial")
+    (other,) = torch.autograd.grad(leader.mean(), flat)
+    assert not fixed.requires_grad and value.mean() > 1e-4
+    close(leader, value)
+    direction = random(*flat.shape, seed=11)
+    predicted, leader = ((g * direction).sum().item() for g in (grad, other))
+    # the budget's bisection is one of twelve halvings, its gradient that of the exact projection
+    monkeypatch.setattr(script, "within_budget", exact_budget)
+
+    def moved(h):
+        return regularize(role, with_flat(nets, name, flat.detach() + h * direction), batch, noise, args)[0].mean()
+
+    measured = fourth_order(moved, 1e-5).item()
+    assert predicted == pytest.approx(measured, rel=1e-6 if transport == "penalty" else 1e-2)
+    assert abs(leader - measured) > 3 * abs(predicted - measured)  # the leader term alone would fail this test
+
+
+@pytest.mark.parametrize("transport", ["penalty", "budget"])
+@pytest.mark.parametrize("role", ROLES)
+def test_adversarial_gradient_is_the_leader_term(role, transport):
+    args, env, nets, _, batch, noise = world(transport=transport)
+    _, delta = regularize(role, nets, batch, noise, args)
+    change = changes(role, nets, batch, batch["actions"], args)
+    leader = change(batch["own"][:, :5, :, 2:4] + delta.detach().unflatten(-1, (4, 2))).mean()
+    flats = [nets[f"{role}_{part}"].flat for part in PARTS]
+    expected = torch.autograd.grad(leader, flats)
+    actual = torch.autograd.grad(regularize(role, nets, batch, noise, args, "adversarial")[0].mean(), flats)
+    for a, b in zip(actual, expected):
+        close(a, b, 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("epsilon", [0.02, 0.3, 2.0])
+def test_budget_is_kept_and_used(epsilon, dtype):
+    args, count = Args(), 12
+    for n, size in itertools.product((3, 15), (0.3, 1.0, 5.0, 100.0)):
+        crowd = clouds("unrelated", n, count)[1].to(dtype)
+        delta = size * epsilon * random(count, 2 * n, dtype=dtype)
+        found = script.within_budget(delta, crowd, epsilon, args)
+        after, before = (
+            script.wasserstein(crowd + d.unflatten(-1, (n, 2)), crowd, args) / epsilon for d in (found, delta)
+        )
+        inside = before <= 1
+        assert (after <= 1 + 1e-4).all() and torch.equal(found[inside], delta[inside])
+        if size <= 5:  # twelve halvings are coarse for moves of a hundred times the budget
+            assert (after[~inside] > 0.99).all()
+        cosine = torch.nn.functional.cosine_similarity(found, delta, dim=-1)
+        close(cosine, torch.ones_like(cosine), 1e-5)
+        assert inside.all() if size == 0.3 else not inside.any() if size == 100 and epsilon < 1 else True
+
+
+@pytest.mark.parametrize("transport", ["penalty", "budget"])
+@pytest.mark.parametrize("role", ROLES)
+def test_attack_beats_a_random_direction(role, transport):
+    args, env, nets, _, batch, _ = world(transport=transport, transport_coef=1e-4, batch_size=30)
+    crowd, change = batch["own"][..., 2:4], changes(role, nets, batch, batch["actions"], args, 30)
+    found = {}
+    for mode in ("random", "adversarial", "stackelberg"):
+        found[mode], delta = script.crowd_regularizer(mode, change, crowd, random(2, 30, 8), args)
+        close(found[mode], change(crowd + delta.unflatten(-1, (4, 2))))
+        if transport == "budget":
+            moved = crowd + delta.detach().unflatten(-1, (4, 2))
+            assert mode == "random" or (exact_w(moved, crowd) <= args.epsilon * (1 + 1e-4)).all()
+    assert found["adversarial"].mean() > 1.5 * found["random"].mean()
+    close(found["adversarial"], found["stackelberg"])
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_transport_costs_the_adversary(role):
+    paid = []
+    for coef in (0.0, 1.0, 100.0):
+        args, env, nets, _, batch, noise = world(transport_coef=coef, attack_steps=5)
+        _, delta = regularize(role, nets, batch, noise, args)
+        crowd = batch["own"][:, :5, :, 2:4]
+        paid.append(exact_w(crowd + delta.detach().unflatten(-1, (4, 2)), crowd).mean().item())
+    assert paid[0] > 1.2 * paid[1] and paid[1] >= 0.99 * paid[2] and paid[0] > 1.5 * paid[2]
+
+
+def test_lengths_of_perturbations_that_need_no_gradient():
+    args, crowd = Args(epsilon=0.4), random(2, 3000, 6, 2)
+
+    def moves(mode):
+        _, delta = script.crowd_regularizer(mode, lambda c: c.sum((-1, -2)), crowd, random(2, 3000, 12), args)
+        return delta.unflatten(-1, (6, 2)).norm(dim=-1)
+
+    assert moves("gaussian").mean().item() == pytest.approx(0.4, rel=0.01)
+    close(moves("random").square().mean(-1).sqrt(), torch.full((2, 3000), 0.4, device=DEVICE), 1e-5)
+
+
+def test_the_start_and_the_steps_have_their_lengths():
+    """Along a constant slope: a random start of half, then three steps of 2.5 / 3, in units of epsilon sqrt(N)."""
+    torch.set_default_dtype(torch.float64)
+    args, crowd, slope = Args(epsilon=0.4, transport_coef=0.0), random(2, 5, 6, 2), random(12, seed=1)
+    noise, length = random(2, 5, 12, seed=2), 0.4 * 6**0.5
+    _, delta = script.crowd_regularizer("adversarial", lambda c: (c.flatten(-2) * slope).sum(-1), crowd, noise, args)
+    close(delta, length * (0.5 * noise / noise.norm(dim=-1, keepdim=True) + 2.5 * slope / slope.norm()))
+
+
+def test_mean_action_of_the_others():
+    action = random(2, 3, 5, 4)
+    found = script.others_mean(action)
+    for n in range(5):
+        close(found[:, :, n], torch.stack([action[:, :, k] for k in range(5) if k != n]).mean(0), 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("regularizer", ["stackelberg", "adversarial"])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("part", PARTS)
+def test_hypergradient_of_the_mean_action_regulariser(part, steps, regularizer):
+    args, env, nets, _, batch, noise = world(
+        mean_action_epsilon=0.5, attack_steps=steps, attack_lr=0.8, regularizer=regularizer
+    )
+    name = f"critic_{part}"
+    flat, direction = nets[name].flat.detach().clone().requires_grad_(), random(*nets[name].flat.shape, seed=11)
+
+    def value(flat):
+        found = script.mean_action_regularizer(
+            with_flat(nets, name, flat), batch, batch["actions"], noise["mean_action"], args
+        )
+        assert found.shape == (2, 5)
+        return found.mean()
+
+    predicted = (torch.autograd.grad(value(flat), flat)[0] * direction).sum().item()
+    measured = fourth_order(lambda h: value(flat.detach() + h * direction)).item()
+    is_derivative = predicted == pytest.approx(measured, rel=1e-6)
+    assert is_derivative == (regularizer == "stackelberg")
+
+
+def test_mean_action_regulariser_is_exact_for_a_linear_critic():
+    args, env, nets, _, batch, noise = world(mean_action_epsilon=0.3, attack_steps=60, attack_lr=1.0, activation="relu")
+    head, k = nets["critic_head"], batch["own"].shape[-1]
+    (first, bias), (second, bias2), (third, _) = [[x.detach() for x in layer] for layer in head.layers()]
+    bias.fill_(1e3)
+    bias2.fill_(1e5)  # every hidden unit is active
+    slope = (third @ second @ first)[:, 0, k + 5 : k + 10]
+    found = script.mean_action_regularizer(nets, batch, batch["actions"], noise["mean_action"], args)
+    exact = 0.09 * slope.square().sum(-1, keepdim=True).expand_as(found)
+    assert (found <= exact * (1 + 1e-6)).all()
+    close(found, exact, 1e-2)
+
+
+# ------------------------------------------------------------------------------------------------------------- losses
+
+
+def greedy(nets, who, s, own, landmarks, env):
+    """Actions [N, A] of the policy, one agent after the other."""
+    z = torch.stack([written_out(nets, who, s, x, own[:, 2:4], landmarks) for x in own])
+    return (env.action_low + env.action_high) / 2 + (env.action_high - env.action_low) / 2 * torch.tanh(z), z
+
+
+def q_of(nets, who, s, n, own, landmarks, action, others):
+    x = torch.cat([own[n], action[n], torch.stack([others[k] for k in range(len(own)) if k != n]).mean(0)])
+    return written_out(nets, who, s, x, own[:, 2:4], landmarks)[0]
+
+
+def test_critic_loss_written_out():
+    args, env, nets, _, batch, noise = world(regularizer="none", gamma=0.9, batch_size=4)
+    batch["terminated"] = torch.tensor([[0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 1.0]], device=DEVICE)
+    total = 0.0
+    for s, m in itertools.product(range(2), range(4)):
+        own, after, marks = batch["own"][s, m], batch["next_own"][s, m], batch["landmarks"][s, m, 0]
+        then, _ = greedy(nets, "actor_target", s, after, marks, env)
+        for n in range(4):
+            target = batch["rewards"][s, m, n]
+            if not batch["terminated"][s, m]:
+                target = target + 0.9 * q_of(nets, "critic_target", s, n, after, marks, then, then)
+            action = batch["actions"][s, m]
+            total += (q_of(nets, "critic", s, n, own, marks, action, action) - target.detach()) ** 2 / 16
+    loss, metrics = script.mean_field_critic_loss(nets, batch, noise, env, args)
+    close(loss, total)
+    close(metrics["losses/critic_loss"].sum(), total.detach())
+    assert noise == {} and metrics.keys() == {"losses/critic_loss", "losses/q_values"}
+    flats = [nets[f"critic_{part}"].flat for part in PARTS]
+    for a, b in zip(torch.autograd.grad(loss, flats), torch.autograd.grad(total, flats)):
+        close(a, b)
+
+
+def test_actor_loss_written_out():
+    args, env, nets, _, batch, noise = world(regularizer="none", policy_l2=0.1, batch_size=4)
+    total = 0.0
+    for s, m in itertools.product(range(2), range(4)):
+        own, marks = batch["own"][s, m], batch["landmarks"][s, m, 0]
+        action, z = greedy(nets, "actor", s, own, marks, env)
+        q = [q_of(nets, "critic", s, n, own, marks, action, action.detach()) for n in range(4)]
+        total += -sum(q) / 16 + 0.1 * z.square().mean() / 4
+    loss, _ = script.mean_field_actor_loss(nets, batch, noise, env, args)
+    close(loss, total)
+    flats = [nets[f"actor_{part}"].flat for part in PARTS]
+    expected = torch.autograd.grad(total, flats)
+    for a, b in zip(torch.autograd.grad(loss, flats, retain_graph=True), expected):
+        close(a, b)
+    critics = [nets[f"critic_{part}"].flat for part in PARTS]
+    assert torch.autograd.grad(loss, critics, allow_unused=True) == (None,) * 3
+
+
+@pytest.mark.parametrize("regularize_what", ["critic", "actor", "both"])
+@pytest.mark.parametrize("mode", ["gaussian", "random", "adversarial", "stackelberg"])
+def test_losses_have_lambda_times_the_regulariser(mode, regularize_what):
+    args, env, nets, _, batch, noise = world(regularizer=mode, regularize=regularize_what, reg_coef=0.7)
+    bare = dataclasses.replace(args, regularizer="none")
+    crowd = script.crowd_of(batch["own"])
+    z = script.respond(nets, "actor", batch["own"], crowd, batch["landmarks"], args)
+    now = {"critic": script.squash_agents(z, env).detach(), "actor": None}  # Q at the policy's actions
+    for role in ROLES:
+        loss = getattr(script, f"mean_field_{role}_loss")
+        flats = [nets[f"{role}_{part}"].flat for part in PARTS]
+        full, metrics = loss(nets, batch, noise, env, args)
+        expected, _ = loss(nets, batch, noise, env, bare)
+        name = f"ernie/{role}_regularizer"
+        assert (name in metrics) == (regularize_what in (role, "both"))
+        if name in metrics:
+            change = changes(role, nets, batch, now[role], args)
+            change, _ = script.crowd_regularizer(mode, change, crowd.squeeze(2)[:, :5], noise["crowd"], args)
+            close(metrics[name], change.detach().mean(1))
+            expected = expected + 0.7 * change.mean(1).sum()
+        close(full, expected)
+        for a, b in zip(*(torch.autograd.grad(x, flats, retain_graph=True) for x in (full, expected))):
+            close(a, b, 1e-9)
+
+
+def test_mean_action_regulariser_is_in_the_critic_loss():
+    args, env, nets, _, batch, noise = world(regularizer="none", mean_action_epsilon=0.2, reg_coef=0.7)
+    full, metrics = script.mean_field_critic_loss(nets, batch, noise, env, args)
+    bare, _ = script.mean_field_critic_loss(nets, batch, {}, env, dataclasses.replace(args, mean_action_epsilon=0.0))
+    change = script.mean_action_regularizer(nets, batch, batch["actions"], noise["mean_action"], args).mean(1)
+    close(full, bare + 0.7 * change.sum())
+    close(metrics["ernie/mean_action_regularizer"], change.detach())
+    assert (change > 0).all()
+
+
+def test_update_steps_and_target_networks():
+    args, env, nets, _, batch, noise = world(tau=0.3, max_grad_norm=1e-3)
+    optimizers = {role: torch.optim.SGD([nets[f"{role}_{part}"].flat for part in PARTS], 1.0) for role in ROLES}
+    before = {name: net.flat.detach().clone() for name, net in nets.items()}
+    losses = {role: getattr(script, f"mean_field_{role}_loss") for role in ROLES}
+    metrics = script.update_mean_field(nets, optimizers, losses, batch, noise, env, args)
+    for role, part in itertools.product(ROLES, PARTS):
+        name = f"{role}_{part}"
+        step = (nets[name].flat.detach() - before[name]).norm(dim=1)
+        close(step, torch.full_like(step, 1e-3), 1e-6)  # clipped, each seed and network on its own
+        expected = 0.7 * before[f"{name}_target"] + 0.3 * nets[name].flat.detach()
+        close(nets[f"{name}_target"].flat, expected)
+    assert {"losses/critic_loss", "losses/actor_loss", "ernie/actor_regularizer"} <= metrics.keys()
+
+
+def test_first_networks():
+    args = Args(**SMALL | dict(num_seeds=2, hidden_size=64))
+    env = script.make_crowd_env(args, 2, DEVICE)
+    nets, optimizers = script.make_mean_field(env, args)
+    for role, own, out in (("actor", 14, 5), ("critic", 24, 1)):
+        assert nets[f"{role}_head"].sizes == [own + 128, 64, 64, out]
+        assert nets[f"{role}_crowd"].sizes == nets[f"{role}_landmarks"].sizes == [2, 64, 64]
+        assert not torch.equal(nets[f"{role}_crowd"].flat, nets[f"{role}_landmarks"].flat)
+        assert [id(p) for p in optimizers[role].param_groups[0]["params"]] == [
+            id(nets[f"{role}_{part}"].flat) for part in PARTS
+        ]
+        for part in PARTS:
+            assert torch.equal(nets[f"{role}_{part}"].flat, nets[f"{role}_{part}_target"].flat)
+    alone, _ = script.make_mean_field(env, dataclasses.replace(args, seed=2, num_seeds=1))
+    for name, net in nets.items():
+        assert torch.equal(net.flat[1:], alone[name].flat) and len(net.flat) == 2
+
+
+def test_diagnostics_are_what_they_say():
+    args, env, nets, _, batch, noise = world(attack_steps=2)
+    found = script.diagnose_crowd(nets, batch, noise["crowd"], env, args)
+    crowd = batch["own"][:, :5, :, 2:4]
+    z = script.respond(nets, "actor", batch["own"], script.crowd_of(batch["own"]), batch["landmarks"], args)
+    for role in ROLES:
+        change, flat = (
+            changes(role, nets, batch, script.squash_agents(z, env).detach(), args),
+            nets[f"{role}_head"].flat,
+        )
+        value, delta = script.crowd_regularizer("stackelberg", change, crowd, noise["crowd"], args)
+        close(found[f"ernie/{role}_attack"], value.detach().mean(1))
+        at_random, _ = script.crowd_regularizer("random", change, crowd, noise["crowd"], args)
+        close(found[f"ernie/{role}_random_direction"], at_random.detach().mean(1))
+        moved = crowd + delta.detach().unflatten(-1, (4, 2))
+        close(found[f"ernie/{role}_wasserstein"], exact_w(moved, crowd).mean(1), 1e-2)
+        leader = script.crowd_regularizer("adversarial", change, crowd, noise["crowd"], args)[0]
+        a, b = (torch.autograd.grad(x.mean(1).sum(), flat, retain_graph=True)[0] for x in (leader, value))
+        close(found[f"ernie/{role}_interaction_ratio"], (b - a).norm(dim=1) / a.norm(dim=1), 1e-7)
+        cosine = ((b - a) * a).sum(1) / (b - a).norm(dim=1) / a.norm(dim=1)
+        close(found[f"ernie/{role}_interaction_cosine"], cosine, 1e-7)
+
+
+def test_losses_compile_to_the_same_gradients():
+    """Without breaks in the graph, which is what --compile asks for; without its slow code generator."""
+    args, env, nets, _, batch, noise = world(transport_steps=2, attack_steps=1, reg_coef=1.0)
+    for role in ROLES:
+        loss, flats = getattr(script, f"mean_field_{role}_loss"), [nets[f"{role}_{part}"].flat for part in PARTS]
+        compiled = torch.compile(loss, fullgraph=True, backend="eager")
+        expected, found = (torch.autograd.grad(f(nets, batch, noise, env, args)[0], flats) for f in (loss, compiled))
+        for a, b in zip(found, expected):
+            close(a, b, 1e-8)
+
+
+# ------------------------------------------------------------------------------------------------- rollout and replay
+
+
+def test_replay_has_what_the_environment_did():
+    args, env, nets, *_ = world()
+    replay = script.make_crowd_replay(env, 2, 9)
+    returns = script.rollout_crowd(
+        env.step, env, nets, replay, 3, 0.4, script.make_generators(5, 2, "test", DEVICE), args
+    )
+    for name, tensor in replay.items():
+        assert (tensor[:, :3] == 0).all() and (tensor[:, 6:] == 0).all() and (name == "terminated" or tensor.any())
+    part = {name: tensor[:, 3:6] for name, tensor in replay.items()}
+    state, obs = env.reset(script.make_generators(5, 2, "test", DEVICE))
+    spread = []
+    for t in range(env.horizon):
+        obs = obs.unflatten(0, (2, 3))
+        close(part["body"][:, :, t], obs[..., :4])
+        policy = script.squash_agents(script.act_on(nets, obs, env, args), env)
+        actions = part["actions"][:, :, t]
+        assert (actions >= 0).all() and (actions <= 1).all()
+        spread.append((actions - policy)[(actions > 0) & (actions < 1)])
+        state, obs, reward, *_ = env.step(state, actions.flatten(0, 1))
+        close(part["rewards"][:, :, t], reward.unflatten(0, (2, 3)))
+    close(part["body"][:, :, -1], obs.unflatten(0, (2, 3))[..., :4])
+    close(part["landmarks"], state.landmarks.permute(2, 0, 1).unflatten(0, (2, 3)))
+    close(returns, part["rewards"].sum(2).mean(1))
+    assert torch.cat(spread).std().item() == pytest.approx(0.2, abs=0.05)  # in half-widths, less what is cut off
+
+
+def test_without_exploration_the_policy_acts():
+    args, env, nets, *_ = world()
+    replay = script.make_crowd_replay(env, 2, 3)
+    script.rollout_crowd(env.step, env, nets, replay, 0, 0.0, script.make_generators(5, 2, "test", DEVICE), args)
+    body, marks = replay["body"][:, :, 7], replay["landmarks"].unsqueeze(2)
+    own = script.perceive(body, script.crowd_of(body), marks, args)
+    z = script.respond(nets, "actor", own, script.crowd_of(own), marks, args)
+    close(replay["actions"][:, :, 7], script.squash_agents(z, env))
+
+
+def test_sampled_transitions_are_those_of_the_replay():
+    """Every number tells its seed, episode, step and agent."""
+    args = Args(**SMALL | dict(num_seeds=3))
+    env = script.make_crowd_env(args, 3, DEVICE)
+    replay = script.make_crowd_replay(env, 3, 8)
+    for tensor in replay.values():
+        shape, names = tensor.shape, [1e6, 1e4, 1e2, 1]
+        if tensor is replay["landmarks"]:
+            names = [1e6, 1e4, 1]
+        for axis, (size, unit) in enumerate(zip(shape, names)):
+            tensor += unit * torch.arange(size, device=DEVICE).view(-1, *[1] * (tensor.ndim - axis - 1))
+    batch = script.sample_crowds(replay, 5, 2000, script.make_generators(0, 3, "test", DEVICE))
+    code = batch["terminated"]  # [S, M]
+    seed, episode, step = code // 1e6, code % 1e6 // 1e4, code % 1e4 // 1e2
+    assert (seed == torch.arange(3, device=DEVICE)[:, None]).all()
+    for s in range(3):
+        assert len(code[s].unique()) == 5 * env.horizon  # all of the first five episodes, nothing else
+    assert episode.max() == 4 and step.max() == env.horizon - 1
+    agents = torch.arange(3, device=DEVICE).float()
+    assert torch.equal(batch["rewards"], code[..., None] + agents)
+    for name, later in (("body", 0), ("next_body", 100)):
+        assert batch[name].shape == (3, 2000, 3, 4)
+        assert torch.equal(batch[name], (code[..., None] + agents + later)[..., None].expand(-1, -1, -1, 4))
+    assert torch.equal(batch["actions"], (code[..., None] + agents)[..., None].expand(-1, -1, -1, 5))
+    expected = (1e6 * seed + 1e4 * episode)[..., None, None] + agents
+    assert torch.equal(batch["landmarks"], expected[..., None].expand(-1, -1, -1, -1, 2))
+    assert len(batch["terminated"][0].unique()) > 100 and not torch.equal(episode[0], episode[1])
+
+
+def test_draws_are_only_those_that_are_needed():
+    env = SimpleNamespace(num_agents=3, action_mask=torch.ones(3, 5))
+    streams = script.make_generators(0, 2, "test", DEVICE)
+    on = script.draw_moves(streams, env, Args(**SMALL | dict(mean_action_epsilon=0.1)))
+    assert on["crowd"].shape == (2, 4, 6) and on["mean_action"].shape == (2, 4, 3, 5)
+    assert script.draw_moves(streams, env, Args(**SMALL | dict(reg_batch_size=99)))["crowd"].shape == (2, 8, 6)
+    assert script.draw_moves(streams, env, Args(**SMALL | dict(regularizer="none"))) == {}
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def short_train(tmp_path, name, small=SMALL, **options):
+    """(args, env, nets, rows of metrics.csv)."""
+    args = Args(**(small | options))
+    script.setup(args)
+    env = script.make_crowd_env(args, args.num_seeds * args.num_envs, DEVICE)
+    nets, optimizers = script.make_mean_field(env, args)
+    folder = tmp_path / name
+    folder.mkdir()
+    assert script.train(env, nets, optimizers, args, folder, [])
+    return args, env, nets, list(csv.DictReader(open(folder / "metrics.csv")))
+
+
+@pytest.mark.parametrize("options", [{}, dict(transport="budget", mean_action_epsilon=0.1)])
+def test_a_seed_does_not_depend_on_the_others(tmp_path, options):
+    _, _, together, rows = short_train(tmp_path, "together", seed=5, num_seeds=3, **options)
+    for k in range(3):
+        _, _, alone, own = short_train(tmp_path, f"alone{k}", seed=5 + k, **options)
+        for name in alone:
+            assert torch.equal(alone[name].flat, together[name].flat[k : k + 1])
+        assert without_speed(own) == without_speed([row for row in rows if row["seed"] == str(5 + k)])
+
+
+def test_other_seeds_data_do_not_matter():
+    args, env, nets, _, batch, noise = world()
+    for role in ROLES:
+        flats = [nets[f"{role}_{part}"].flat for part in PARTS]
+        loss = partial(getattr(script, f"mean_field_{role}_loss"), nets, env=env, args=args)
+        grads = []
+        for shift in (0.0, 1.0):
+            other = {name: torch.cat([value[:1], value[1:] + shift]) for name, value in batch.items()}
+            grads.append(torch.autograd.grad(loss(other, noise)[0], flats))
+        for a, b in zip(*grads):
+            assert torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1])
+
+
+MODES = [
+    *(dict(regularizer=m) for m in ("none", "gaussian", "random")),
+    *(
+        dict(regularizer=m, regularize=r, transport=t)
+        for m, r, t in itertools.product(
+            ("adversarial", "stackelberg"), ("critic", "actor", "both"), ("penalty", "budget")
+        )
+    ),
+    dict(mean_action_epsilon=0.1, regularizer="none"),
+    dict(mean_action_epsilon=0.1, regularizer="adversarial", attack_steps=1),
+    dict(activation="silu", num_agents=4),
+    dict(activation="tanh", nearest_landmarks=0, nearest_agents=0, eval_agents=(2,)),
+    dict(torch_deterministic=False, num_agents=2, nearest_landmarks=2, nearest_agents=1, eval_agents=(2,)),
+]
+
+
+@pytest.mark.parametrize("options", MODES, ids=lambda v: "-".join(map(str, v.values())))
+def test_every_option_trains(tmp_path, options):
+    args, env, nets, rows = short_train(tmp_path, "run", total_timesteps=100, log_interval=50, **options)
+    fresh, _ = script.make_mean_field(env, args)
+    for name in nets:
+        assert (nets[name].flat != fresh[name].flat).any(), name
+    assert [row["global_step"] for row in rows] == ["100"] and all(math.isfinite(float(v)) for v in rows[0].values())
+    regularized = {"critic", "actor"} if args.regularize == "both" else {args.regularize}
+    for role in ROLES:
+        name = f"ernie/{role}_regularizer"
+        assert (name in rows[0]) == (args.regularized and role in regularized) == (f"ernie/{role}_attack" in rows[0])
+        assert name not in rows[0] or float(rows[0][name]) > 0
+    assert ("ernie/mean_action_regularizer" in rows[0]) == (args.mean_action_epsilon > 0)
+
+
+@pytest.mark.parametrize("regularizer", ["none", "stackelberg"])
+def test_compiled_functions_are_those_that_train(tmp_path, monkeypatch, regularizer):
+    """On a CPU the losses are compiled without the regulariser only."""
+    asked, called = [], set()
+
+    def compile(function, fullgraph):
+        asked.append((function.__name__, fullgraph))
+        return lambda *rest: called.add(function.__name__) or function(*rest)
+
+    monkeypatch.setattr(script.torch, "compile", compile)
+    short_train(tmp_path, "run", compile=True, total_timesteps=100, regularizer=regularizer)
+    names = ["step", "mean_field_critic_loss", "mean_field_actor_loss"]
+    if regularizer != "none" and DEVICE.type == "cpu":
+        names = names[:1]
+    assert asked == [(name, True) for name in names] and called == set(names)
+
+
+@pytest.mark.parametrize("off", [dict(reg_coef=0.0), dict(attack_steps=0), dict(epsilon=0.0)])
+def test_switched_off_regulariser_is_the_baseline(tmp_path, off):
+    *_, expected, rows = short_train(tmp_path, "none", regularizer="none")
+    *_, nets, own = short_train(tmp_path, "off", **off)
+    assert without_speed(rows) == without_speed(own) and not any(k.startswith("ernie") for k in own[0])
+    assert all(torch.equal(nets[name].flat, expected[name].flat) for name in nets)
+    *_, other, _ = short_train(tmp_path, "on")
+    assert not torch.equal(other["actor_head"].flat, nets["actor_head"].flat)
+
+
+def test_one_network_serves_any_number_of_agents():
+    args = Args(**SMALL)
+    nets, _ = script.make_mean_field(script.make_crowd_env(args, 2, DEVICE), args)
+    for n in (3, 6, 15):
+        env = script.make_crowd_env(args, 2, DEVICE, "agents", float(n))
+        _, obs = env.reset(script.make_generators(0, 1, "test", DEVICE))
+        z = script.act_on(nets, obs.unsqueeze(0), env, args)
+        assert z.shape == (1, 2, n, 5) and z.isfinite().all() and z.std(2).min() > 0
+
+
+def test_returns_are_the_sums_of_rewards():
+    args, env, nets, *_ = world()
+    frames = []
+    found = script.crowd_returns(env, nets, args, script.make_generators(2, 2, "test", DEVICE), frames=frames)
+    state, obs = env.reset(script.make_generators(2, 2, "test", DEVICE))
+    total = torch.zeros(6, device=DEVICE)
+    for _ in range(25):
+        action = script.squash_agents(script.act_on(nets, obs.unflatten(0, (2, 3)), env, args), env)
+        state, obs, reward, *_ = env.step(state, action.flatten(0, 1))
+        total += sum(reward[:, n] for n in range(4)) / 4
+    close(found, total.view(2, 3))
+    assert len(frames) == 25
+
+
+@pytest.mark.parametrize("family", ["gaussian", "uniform", "mad", "random_action", *script.DYNAMICS])
+def test_perturbations_change_returns(family):
+    args = Args(**SMALL)
+    nets, _ = script.make_mean_field(script.make_crowd_env(args, 2, DEVICE), args)
+    found = []
+    for strength in (0.0, 0.5, 0.5) if family not in script.DYNAMICS else (1.0, 4.0, 4.0):
+        env = script.make_crowd_env(args, 8, DEVICE, family, strength)
+        streams = script.make_generators(2, 1, "test", DEVICE)
+        found.append(script.crowd_returns(env, nets, args, streams, family, strength))
+    assert torch.equal(found[1], found[2]) and found[0].shape == (1, 8)
+    assert torch.equal(found[0], found[1]) == (family == "max_speed_scale")  # spread has no speed limit
+
+
+def test_worst_observations_are_in_the_ball_and_beat_random_ones():
+    args, env, nets, *_ = world()
+    _, obs = env.reset(script.make_generators(2, 2, "test", DEVICE))
+    obs, streams = obs.unflatten(0, (2, 3)), script.make_generators(3, 2, "test", DEVICE)
+    delta = script.mad_attack(nets, obs, 0.3, streams, env, args) - obs
+    assert delta.norm(dim=-1).max() <= 0.3 * (1 + 1e-9) and (delta[..., 2 + 4 * 4 :] == 0).all()
+    live = torch.arange(obs.shape[-1], device=DEVICE) < 18
+    at_random = script.rescale(random(*obs.shape) * live, 0.3, "l2")
+    z = script.act_on(nets, obs, env, args)
+    worst, usual = ((script.act_on(nets, obs + d, env, args) - z).square().mean() for d in (delta, at_random))
+    assert worst > 2 * usual
+
+
+def with_small(flags, small=SMALL) -> list[str]:
+    """These flags after those of `small`, which go with neither --resume nor --evaluate."""
+    again, given = any(str(flag).startswith(("--resume", "--evaluate")) for flag in flags), []
+    for k, v in {} if again else small.items():
+        flag = f"--{'no-' * (v is False)}{k.replace('_', '-')}"
+        given += [flag, *map(str, v)] if isinstance(v, tuple) else [flag if isinstance(v, bool) else f"{flag}={v}"]
+    return [*(["--no-track"] if again else given), *map(str, flags)]
+
+
+def main_with(monkeypatch, *flags, small=SMALL):
+    """main() in this process with the flags of `small` and these; None, or the exit code."""
+    monkeypatch.setattr(sys, "argv", ["ernie_meanfield.py", *with_small(flags, small)])
+    try:
+        return script.main()
+    except SystemExit as stop:
+        return stop.code
+
+
+def fake_wandb(monkeypatch):
+    logged = [[], []]
+    runs = [SimpleNamespace(log=lambda row, step=0, k=k: logged[k].append(row), finish=lambda: None) for k in range(2)]
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Table=dict, Image=str))
+    monkeypatch.setattr(script, "start_wandb", lambda *rest: runs)
+    return logged
+
+
+def test_a_whole_run_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
+    logged = fake_wandb(monkeypatch)
+    flags = (f"--runs-dir={tmp_path}", "--num-seeds=2", "--capture-video", "--eval-agents", "3", "6", "15")
+    assert main_with(monkeypatch, *flags) is None
+    folder, out = only(tmp_path), capsys.readouterr().out
+    assert folder.name.startswith("simple_spread_v3__ernie_meanfield__1__")
+    about = json.loads((folder / "args.json").read_text())
+    assert about["versions"]["torch"] == torch.__version__ and about["num_agents"] == 3
+    for name in ("metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "robustness.png"):
+        assert (folder / name).stat().st_size > 0
+    with Image.open(folder / "videos" / "episode.gif") as film:
+        assert 4 < film.n_frames <= 25  # equal ones are one
+    metrics = list(csv.DictReader(open(folder / "metrics.csv")))
+    assert [(row["global_step"], row["seed"]) for row in metrics] == list(itertools.product(("100", "200"), ("1", "2")))
+    text = (folder / "robustness.csv").read_text()
+    rows = list(csv.DictReader(text.splitlines()))
+    points = [("clean", "0.0"), *((f, str(s)) for f in script.SWEEP for s in script.SWEEP[f] if f != "max_speed_scale")]
+    points += [("agents", n) for n in ("3", "6", "15")]
+    for seed in ("1", "2"):
+        own = [(row["perturbation"], row["strength"]) for row in rows if row["seed"] == seed]
+        assert sorted(own) == sorted(points)
+    assert all(math.isfinite(float(row["return"])) for row in rows)
+    assert {row["episodes"] for row in rows if row["perturbation"] != "agents"} == {"2"}
+    agents = [(row["strength"], row["episodes"], row["return"]) for row in rows if row["perturbation"] == "agents"]
+    assert [a[:2] for a in agents] == [(n, k) for n, k in (("3", "2"), ("6", "1"), ("15", "1")) for _ in range(2)]
+    clean = [row["return"] for row in rows if row["perturbation"] == "clean"]
+    assert [a[2] for a in agents[:2]] == clean  # as many agents as in training, the same episodes
+    assert all(family in out for family, _ in points)
+    assert all(len(of_run) == 3 and "eval/episodic_return" in of_run[1] for of_run in logged)
+    assert all(len(of_run[2]["robustness"]["data"]) == len(points) for of_run in logged)
+    assert main_with(monkeypatch, f"--evaluate={folder}", "--no-capture-video") is None
+    assert (folder / "robustness.csv").read_text() == text  # the same policies, the same episodes
+    monkeypatch.setattr(script, "SWEEP", {})
+    flags = ("--eval-episodes=4", "--eval-agents", "4", "--no-capture-video")
+    assert main_with(monkeypatch, f"--evaluate={folder}", *flags) is None  # flags beat the saved values
+    rows = list(csv.DictReader(open(folder / "robustness.csv")))
+    assert [(row["perturbation"], row["episodes"]) for row in rows[::2]] == [("clean", "4"), ("agents", "3")]
+
+
+LONG = SMALL | dict(num_envs=1, buffer_size=100, total_timesteps=1500, checkpoint_interval=125, log_interval=700)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The folder of a run of sixty iterations with checkpoints in between."""
+    folder = tmp_path_factory.mktemp("whole")
+    short_train(folder, "run", LONG)
+    return folder / "run"
+
+
+def flatten(value) -> list:
+    if isinstance(value, dict | list | tuple):
+        return [part for item in (value.values() if isinstance(value, dict) else value) for part in flatten(item)]
+    return [value]
+
+
+def assert_same_run(folder, reference):
+    ours, theirs = (list(csv.DictReader(open(f / "metrics.csv"))) for f in (folder, reference))
+    assert without_speed(ours) == without_speed(theirs) and len(ours) == 3
+    ours, theirs = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, reference))
+    for part in ("nets", "optimizers", "streams", "replay", "iteration", "num_updates"):
+        a, b = flatten(ours[part]), flatten(theirs[part])
+        same = (torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b))
+        assert len(a) == len(b) and all(same), part
+
+
+def without_report(monkeypatch):
+    monkeypatch.setattr(script, "crowd_report", lambda *rest: None)
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, uninterrupted):
+    process = start_script("ernie_meanfield.py", *with_small([f"--runs-dir={tmp_path}"], LONG))
+    until = time.time() + 120
+    while not list(tmp_path.glob("*/checkpoint.previous.pt")) and process.poll() is None and time.time() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    folder = only(tmp_path)
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert 0 < saved["iteration"] < 60
+    with open(folder / "metrics.csv", "a") as file:
+        file.write("1,99")  # what a kill in the middle of a write leaves
+    without_report(monkeypatch)
+    assert main_with(monkeypatch, f"--resume={folder}") is None
+    assert_same_run(folder, uninterrupted)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on(tmp_path, monkeypatch, capsys, uninterrupted, how):
+    calls, real = [], script.rollout_crowd
+
+    def rollout_crowd(*rest):
+        calls.append(1)
+        if len(calls) == 33:  # neither a row nor a checkpoint is due
+            os.kill(os.getpid(), how)
+        return real(*rest)
+
+    monkeypatch.setattr(script, "rollout_crowd", rollout_crowd)
+    without_report(monkeypatch)
+    assert main_with(monkeypatch, f"--runs-dir={tmp_path}", small=LONG) == 130
+    folder = only(tmp_path)
+    assert f"--resume {folder}" in capsys.readouterr().err and len(calls) == 33
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["iteration"] == 33
+    assert main_with(monkeypatch, f"--resume={folder}") is None and len(calls) == 60
+    assert_same_run(folder, uninterrupted)
+
+
+def test_two_ranks_train_one_policy(tmp_path):
+    flags = with_small([f"--runs-dir={tmp_path}"], SMALL | dict(checkpoint_interval=1000))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29541"]
+    finish(subprocess.Popen([*launch, str(ROOT / "ernie_meanfield.py"), *flags], stderr=subprocess.PIPE, text=True))
+    folder = only(tmp_path)
+    a, b = (torch.load(folder / n, weights_only=True) for n in ("checkpoint.pt", "checkpoint_rank1.pt"))
+    assert a["iteration"] == b["iteration"] == 4 and a["num_updates"] == 3
+    assert all(torch.equal(x, y) for x, y in zip(flatten(a["nets"]), flatten(b["nets"]), strict=True))
+    assert not torch.equal(a["replay"]["body"], b["replay"]["body"]) and (folder / "robustness.csv").exists()
+
+
+def test_gradients_are_means_over_the_ranks(monkeypatch):
+    """Two ranks played by one: all_reduce adds what the other would send, three times ours."""
+    monkeypatch.setattr(script.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(script.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(script.dist, "all_reduce", lambda x: x.mul_(4))
+    net = script.MLP(torch.zeros(2, 6, requires_grad=True), [2, 2])
+    script.descend((0.01 * net.flat).sum(), [net], torch.optim.SGD([net.flat], 1.0), max_grad_norm=10.0)
+    close(net.flat.detach(), torch.full((2, 6), -0.02))
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+BAD_VALUES = {
+    **dict.fromkeys(["num_seeds", "num_threads", "total_timesteps", "num_envs", "steps_per_update"], 0),
+    **dict.fromkeys(["buffer_size", "batch_size", "hidden_size", "reg_batch_size", "transport_steps"], 0),
+    **dict.fromkeys(["log_interval", "checkpoint_interval", "eval_episodes"], 0),
+    **dict.fromkeys(["learning_rate", "max_grad_norm", "attack_lr", "transport_beta", "attack_init"], 0.0),
+    **dict.fromkeys(["seed", "learning_starts", "attack_steps"], -1),
+    **dict.fromkeys(["exploration_noise", "policy_l2", "epsilon", "transport_coef", "mean_action_epsilon"], -0.1),
+    **{"exploration_noise_end": math.nan, "reg_coef": math.inf, "gamma": 1.5, "tau": -0.1},
+    **{"num_agents": 1, "nearest_agents": 3, "nearest_landmarks": 4},
+}
+
+
+def refused(monkeypatch, capsys, *flags, small=SMALL) -> str:
+    return refusal(script, monkeypatch, capsys, *with_small(flags, small))
+
+
+@pytest.mark.parametrize("name,value", BAD_VALUES.items())
+def test_bad_value_is_one_line_that_names_the_flag(monkeypatch, capsys, name, value):
+    bad_value(script, monkeypatch, capsys, name, value, *with_small([]))
+
+
+def test_every_number_has_a_bad_value():
+    numbers = {name for name, v in Args().__dict__.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    assert numbers <= BAD_VALUES.keys()
+
+
+def test_values_that_do_not_go_together(monkeypatch, capsys, tmp_path):
+    bad = partial(refused, monkeypatch, capsys)
+    assert "--nearest-agents must be" in bad("--nearest-agents=4", "--num-agents=4", "--eval-agents", "6")
+    assert "--nearest-agents must be" in bad("--nearest-agents=3", "--num-agents=6", "--eval-agents", "3")
+    assert "--nearest-landmarks must be" in bad("--nearest-landmarks=3", "--num-agents=2", "--nearest-agents=1")
+    error = bad("--nearest-landmarks=0", "--nearest-agents=0", "--eval-agents", "3", "1")
+    assert "--eval-agents must be at least 2 each" in error
+    assert "--attack-init must be" in bad("--attack-init=1.1")
+    assert "--gamma must be" in bad("--gamma=-0.1") and "--tau must be" in bad("--tau=1.1")
+    assert "--epsilon must be a finite number" in bad("--epsilon=inf")
+    assert "--buffer-size must hold 50 steps" in bad("--buffer-size=49")
+    assert "--learning-starts must be below" in bad("--learning-starts=200")
+    assert "--resume must be left out with --evaluate" in bad(f"--evaluate={tmp_path}", f"--resume={tmp_path}")
+    assert "simple_spread_v3" in bad("--env-id=simple_sprad_v3")
+    assert "--no-such-flag" in bad("--no-such-flag")
+    assert "no checkpoint at" in bad(f"--resume={tmp_path}/nowhere")
+    (tmp_path / "file").write_text("")
+    assert "--runs-dir must be a writable folder" in bad(f"--runs-dir={tmp_path}/file")
+
+
+def test_defaults_follow_the_number_of_agents_and_steps():
+    assert [Args(num_agents=n).eval_episodes for n in (3, 6, 30)] == [1000, 500, 100]
+    assert [Args(attack_steps=k).attack_lr for k in (0, 1, 5)] == [1.0, 1.0, 0.5]
+
+
+def test_broken_and_foreign_checkpoints(monkeypatch, capsys, tmp_path, uninterrupted):
+    bad = partial(refused, monkeypatch, capsys)
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
+    assert "--gamma is read from" in bad(f"--resume={tmp_path}", "--gamma=0.5")
+    assert "--eval-agents is read from" in bad(f"--resume={tmp_path}", "--eval-agents", "5")
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    error = bad(f"--resume={tmp_path}")
+    assert "no readable checkpoint" in error and "checkpoint.previous.pt" in error
+    monkeypatch.setattr(sys, "argv", ["ernie_meanfield.py"])
+    state = script.load_run(Args(resume=f"{tmp_path}/checkpoint.previous.pt"))[1]
+    assert state["iteration"] > 0  # the one before still loads
+    torch.save({"script": "ernie_maddpg"}, tmp_path / "checkpoint.pt")
+    assert "was written by ernie_maddpg.py" in bad(f"--evaluate={tmp_path}")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "checkpoint.pt")
+    assert "no readable checkpoint" in bad(f"--evaluate={tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["losses/critic_loss", "ernie/critic_regularizer"])
+def test_non_finite_loss_stops_with_the_step_and_the_last_checkpoint(monkeypatch, capsys, tmp_path, name):
+    real, calls = script.mean_field_critic_loss, []
+
+    def poisoned(*rest):
+        loss, metrics = real(*rest)
+        calls.append(1)
+        return loss, metrics | {name: metrics[name] * (math.nan if len(calls) > 2 else 1)}
+
+    monkeypatch.setattr(script, "mean_field_critic_loss", poisoned)
+    error = refused(monkeypatch, capsys, f"--runs-dir={tmp_path}")
+    last = only(tmp_path) / "checkpoint.pt"
+    assert f"{name} is not finite at step 200" in error and str(last) in error and last.exists()
+    assert torch.load(last, weights_only=True)["iteration"] == 2
+
+
+def test_wandb_that_fails_does_not_stop_the_run(monkeypatch, capsys, tmp_path):
+    def unreachable(**options):
+        raise OSError("no route to host")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=unreachable, Settings=dict))
+    args = Args(**(SMALL | dict(track=True, wandb_mode="online")))
+    assert script.start_wandb(args, tmp_path, script.run_labels(args)) == []
+    error = capsys.readouterr().err
+    assert "wandb (online) is left out" in error and "wandb (offline) is left out" in error
+    runs = [SimpleNamespace(log=unreachable)]
+    script.log_metrics(tmp_path / "metrics.csv", runs, [{"seed": 1}], 5, {"a": torch.tensor([2.0])})
+    assert runs == [] and "left out from now on" in capsys.readouterr().err
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["seed,global_step,a", "1,5,2.0"]
+
+
+# ------------------------------------------------------------------------------------------------------------ learning
+
+
+def test_learns_to_spread(tmp_path):
+    """Random policies have -25.5, untrained ones -24.3 or less; five seeds had -19.0 to -21.6 after these steps."""
+    small = dict(num_agents=3, regularizer="none", log_interval=10**6, checkpoint_interval=10**6, track=False)
+    small |= dict(learning_starts=2000, total_timesteps=35_000, eval_episodes=100)
+    *_, rows = short_train(tmp_path, "run", small)
+    assert float(rows[-1]["eval/episodic_return"]) > -23
