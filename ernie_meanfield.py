@@ -365,15 +365,15 @@ def within_budget(delta: Tensor, crowd: Tensor, epsilon: float, args: Args) -> T
             middle = (low * high).sqrt()
             inside = (wasserstein(crowd + middle * move, crowd, args) <= epsilon)[..., None, None]
             low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
-        high = torch.where((wasserstein(crowd + move, crowd, args) <= epsilon)[..., None, None], 1.0, low)
-        # where the ray meets the budget its share is a function of delta: W(share delta) = epsilon
-        cost = distances(crowd + high * move, crowd)
-        plan = transport_plan(cost, args)
-    gap = (distances(crowd + high * move, crowd) * plan).sum((-1, -2), keepdim=True)
+        most = torch.where((wasserstein(crowd + move, crowd, args) <= epsilon)[..., None, None], 1.0, low)
+    # where the ray meets the budget its share is a function of delta: W(share delta) = epsilon
+    cost = distances(crowd + most * move, crowd)
+    plan = transport_plan(cost, args)
+    gap = (cost * plan).sum((-1, -2), keepdim=True)
     with torch.no_grad():
-        toward = ((crowd + high * move).unsqueeze(-2) - crowd.unsqueeze(-3)) / cost.unsqueeze(-1)
+        toward = ((crowd + most * move).unsqueeze(-2) - crowd.unsqueeze(-3)) / cost.unsqueeze(-1)
         slope = (plan * (toward * move.unsqueeze(-2)).sum(-1)).sum((-1, -2), keepdim=True)
-    share = torch.where(high < 1, high - (gap - gap.detach()) / slope.clamp_min(1e-8), high)
+    share = torch.where(most < 1, most - (gap - gap.detach()) / slope.clamp_min(1e-8), most)
     return (share * move).flatten(-2)
 
 

@@ -3,16 +3,19 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/reproduce.py particle                       # ERNIE, Figures 3 and 9: MADDPG, observation noise
     python benchmarks/reproduce.py drones                         # ERNIE, Figure 6: MAPPO, observation noise
+    python benchmarks/reproduce.py meanfield                      # ERNIE, Figure 4: mean-field MADDPG, N = 3 to 30
     python benchmarks/reproduce.py traffic                        # ERNIE, Figures 1, 2, 5 and Tables 3, 4: QCOMBO
     python benchmarks/reproduce.py traffic --algorithm coma       # ERNIE, Figure 7 and Tables 2, 3, 4: COMA
     python benchmarks/reproduce.py ladder --sumo                  # traffic: simple controllers, in SUMO too
     python benchmarks/reproduce.py traffic-in-sumo                # the runs of `traffic` driven in SUMO
+    python benchmarks/reproduce.py economy                        # ERMAS, Figure 6: taxes under other risk aversion
     python benchmarks/reproduce.py particle --ray-address auto    # the same on a Ray cluster
 
-`particle` and `drones`: every method gets the same grid of (epsilon, lambda), or alpha for M3DDPG. Chosen is the point
-with the highest return, averaged over the clean environment and all strengths of Gaussian noise and of the MAD attack,
-on the seeds of `--select-seeds`; the figures come from other seeds, `--seeds`. `traffic`: lambda was chosen on seeds 1
-to 3, the figures come from `--seeds`. A run that is already in `--runs-dir` is not run again.
+`particle`, `drones` and `meanfield`: every method gets the same grid of (epsilon, lambda), or alpha for M3DDPG. Chosen
+is the point with the highest return, averaged over the clean environment and all strengths of Gaussian noise and of the
+MAD attack, on the seeds of `--select-seeds` (`meanfield`: with the fewest agents); the figures come from other seeds,
+`--seeds`. `traffic`: lambda was chosen on seeds 1 to 3, the figures come from `--seeds`. A run that is already in
+`--runs-dir` is not run again.
 """
 
 import csv
@@ -106,6 +109,24 @@ def score(path: Path, agent: str | None = None) -> float:
     return float(np.mean([v.mean() for (f, _), v in read(path, agent=agent).items() if f in ("clean", *SHOWN)]))
 
 
+def select_and_train(train, get, grids: dict[str, list[str]], seeds, select_seeds, prefix="", agent=None) -> dict:
+    """Every point of each method's grid on the selection seeds, then the best one on the others: method -> (flags,
+    result of the run). train(name, flags, seeds, selects) starts a run; results are read by `get`."""
+    pending = {
+        (method, i): train(f"{prefix}select_{method}_{i}", flags, select_seeds, True)
+        for method, grid in grids.items()
+        for i, flags in enumerate(grid)
+        if len(grid) > 1
+    }
+    final = {}
+    for method, grid in grids.items():
+        scores = [score(get(pending[method, i]), agent) if len(grid) > 1 else 0.0 for i in range(len(grid))]
+        flags = grid[int(np.argmax(scores))]
+        print(f"{prefix}{method:12s} {flags}  (grid: {', '.join(f'{s:.2f}' for s in scores)})", flush=True)
+        final[method] = flags, train(f"{prefix}final_{method}", flags, seeds, False)
+    return final
+
+
 def particle(
     where: Where,
     env_ids: tuple[str, ...] = ("simple_spread_v3", "simple_tag_v3", "simple_crypto_v3"),
@@ -125,27 +146,18 @@ def particle(
     """
     start, get = remote(where)
 
-    def train(task: str, name: str, flags: str, seeds: tuple[int, int], episodes: int):
+    def train(name: str, flags: str, seeds: tuple[int, int], selects: bool, task: str):
         command = [str(ROOT / "ernie_maddpg.py"), f"--env-id={task}", f"--exp-name={name}", *flags.split()]
-        command += [f"--seed={seeds[0]}", f"--num-seeds={seeds[1] - seeds[0] + 1}", f"--eval-episodes={episodes}"]
-        command += [f"--total-timesteps={total_timesteps}", f"--runs-dir={where.runs_dir}", "--wandb-mode=disabled"]
-        command += ["--batch-size=512", "--reg-batch-size=128", f"--checkpoint-interval={total_timesteps}"]
+        command += [f"--seed={seeds[0]}", f"--num-seeds={seeds[1] - seeds[0] + 1}"]
+        command += [f"--eval-episodes={100 if selects else eval_episodes}", f"--runs-dir={where.runs_dir}"]
+        command += [f"--total-timesteps={total_timesteps}", f"--checkpoint-interval={total_timesteps}"]
+        command += ["--wandb-mode=disabled", "--batch-size=512", "--reg-batch-size=128"]
         return start(command, (where.runs_dir, f"{task}__{name}__{seeds[0]}__*/robustness.csv"))
 
-    pending = {
-        (task, method, i): train(task, f"select_{method}_{i}", flags, select_seeds, 100)
-        for task in env_ids
-        for method, grid in METHODS.items()
-        for i, flags in enumerate(grid)
-        if len(grid) > 1
-    }
     final = {}
     for task in env_ids:
-        for method, grid in METHODS.items():
-            scores = [score(get(pending[task, method, i])) if len(grid) > 1 else 0.0 for i in range(len(grid))]
-            flags = grid[int(np.argmax(scores))]
-            print(f"{task:18s} {method:12s} {flags}  (grid: {', '.join(f'{s:.2f}' for s in scores)})", flush=True)
-            final[task, method] = flags, train(task, f"final_{method}", flags, seeds, eval_episodes)
+        found = select_and_train(partial(train, task=task), get, METHODS, seeds, select_seeds)
+        final |= {(task, method): run for method, run in found.items()}
     rows = []
     for (task, method), (flags, path) in final.items():
         for (family, strength), values in read(get(path)).items():
@@ -180,7 +192,10 @@ def plot_particle(task: str, tables: dict[str, dict], folder: Path) -> None:
 # drones: ernie_mappo.py
 
 DRONE_GRID = [f"--epsilon={epsilon} --reg-coef={coef}" for epsilon, coef in ((0.3, 0.1), (1.0, 0.1), (1.0, 1.0))]
-DRONE_METHODS = {m: DRONE_GRID for m in ("gaussian", "adversarial", "stackelberg")}
+DRONE_METHODS = {"none": ["--regularizer=none"]}
+DRONE_METHODS |= {
+    m: [f"--regularizer={m} {point}" for point in DRONE_GRID] for m in ("gaussian", "adversarial", "stackelberg")
+}
 
 
 def drones(
@@ -198,23 +213,13 @@ def drones(
     """
     start, get = remote(where)
 
-    def train(name: str, flags: str, seeds: tuple[int, int]):
+    def train(name: str, flags: str, seeds: tuple[int, int], selects: bool):
         command = [str(ROOT / "ernie_mappo.py"), f"--exp-name={name}", *flags.split(), "--compile", "--no-track"]
         command += [f"--seed={seeds[0]}", f"--num-seeds={seeds[1] - seeds[0] + 1}", f"--runs-dir={where.runs_dir}"]
         command += [f"--total-timesteps={total_timesteps}", f"--checkpoint-interval={total_timesteps}"]
         return start(command, (where.runs_dir, f"leader_follower_v0__{name}__{seeds[0]}__*/robustness.csv"))
 
-    final = {"none": ("--regularizer=none", train("drones_none", "--regularizer=none", seeds))}
-    pending = {
-        (method, i): train(f"drones_select_{method}_{i}", f"--regularizer={method} {point}", select_seeds)
-        for method, grid in DRONE_METHODS.items()
-        for i, point in enumerate(grid)
-    }
-    for method, grid in DRONE_METHODS.items():
-        scores = [score(get(pending[method, i]), "mean") for i in range(len(grid))]
-        flags = f"--regularizer={method} {grid[int(np.argmax(scores))]}"
-        print(f"{method:12s} {flags}  (grid: {', '.join(f'{s:.2f}' for s in scores)})", flush=True)
-        final[method] = flags, train(f"drones_{method}", flags, seeds)
+    final = select_and_train(train, get, DRONE_METHODS, seeds, select_seeds, "drones_", "mean")
     rows, agents = [], ("leader_0", "follower_0")
     for method, (flags, path) in final.items():
         for agent in (*agents, "mean"):
@@ -235,6 +240,95 @@ def drones(
     figure.axes[0].legend(fontsize=8)
     figure.suptitle(f"leader_follower_v0: mean and 95% interval over {seeds[1] - seeds[0] + 1} seeds")
     figure.savefig(where.results_dir / "drones.png", dpi=110)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# meanfield: ernie_meanfield.py
+
+MEAN_FIELD_GRID = [f"--epsilon={epsilon} --reg-coef={coef}" for epsilon, coef in ((0.1, 0.1), (0.3, 0.1), (0.3, 1.0))]
+MEAN_FIELD_METHODS = {"none": ["--regularizer=none"]}
+MEAN_FIELD_METHODS |= {
+    m: [f"--regularizer={m} {point}" for point in MEAN_FIELD_GRID] for m in ("gaussian", "adversarial", "stackelberg")
+}
+MADDPG = {  # ernie_maddpg.py: flags, largest number of agents
+    "maddpg": ("--regularizer=none", 15),
+    "m3ddpg": ("--regularizer=none --minimax-epsilon=0.01", 6),
+}
+
+
+def meanfield(
+    where: Where,
+    agents: tuple[int, ...] = (3, 6, 15, 30),
+    widths: tuple[int, ...] = (32, 64, 128, 256),
+    seeds: tuple[int, int] = (1, 5),
+    select_seeds: tuple[int, int] = (101, 102),
+    total_timesteps: int = 100_000,
+) -> None:
+    """Return against observation noise for several numbers of agents and, with the first of them, widths.
+
+    Args:
+        agents: numbers of agents; MADDPG up to 15, M3DDPG up to 6
+        widths: hidden units (Figure 4d)
+        seeds: first and last seed of the figures
+        select_seeds: first and last seed on which each method's point of the grid is chosen, with the fewest agents
+        total_timesteps: environment steps of each run
+    """
+    start, get = remote(where)
+
+    def train(name: str, flags: str, seeds: tuple[int, int], selects=False, count=agents[0], script="meanfield"):
+        name, batch = f"{name}_{count}", f"--batch-size={1536 // count}"  # samples of all agents: as many for every N
+        command = [str(ROOT / f"ernie_{script}.py"), f"--exp-name={name}", *flags.split(), f"--num-agents={count}"]
+        command += [f"--seed={seeds[0]}", f"--num-seeds={seeds[1] - seeds[0] + 1}", f"--runs-dir={where.runs_dir}"]
+        command += [f"--total-timesteps={total_timesteps}", f"--checkpoint-interval={total_timesteps}", batch]
+        command += ["--wandb-mode=disabled", "--steps-per-update=25", "--log-interval=20000", "--attack-steps=1"]
+        if script == "meanfield":
+            transfer = [f"--eval-agents={n}" if k == 0 else str(n) for k, n in enumerate(agents)]
+            command += [f"--reg-batch-size={max(8, 96 // count)}", "--transport-steps=50", *transfer]
+        return start(command, (where.runs_dir, f"simple_spread_v3__{name}__{seeds[0]}__*/robustness.csv"))
+
+    chosen = select_and_train(train, get, MEAN_FIELD_METHODS, seeds, select_seeds, "meanfield_")
+    runs = {(m, agents[0], 64): run for m, run in chosen.items()}
+    for count in agents[1:]:
+        for method, (flags, _) in chosen.items():
+            runs[method, count, 64] = flags, train(f"meanfield_final_{method}", flags, seeds, count=count)
+    for method, (flags, most) in MADDPG.items():
+        for count in (n for n in agents if n <= most):
+            runs[method, count, 64] = flags, train(f"{method}_final", flags, seeds, count=count, script="maddpg")
+    for method, (flags, _) in chosen.items():
+        for width in (w for w in widths if w != 64 and method in ("none", "stackelberg")):
+            wide = f"{flags} --hidden-size={width}"
+            runs[method, agents[0], width] = flags, train(f"meanfield_width{width}_{method}", wide, seeds)
+    tables, rows = {}, []
+    for (method, count, width), (flags, path) in runs.items():
+        table = tables[method, count, width] = read(get(path))
+        for point, values in table.items():
+            rows.append([count, method, width, flags, *point, values.mean(), interval(values), len(values)])
+    columns = ["num_agents", "method", "hidden_size", "flags", "perturbation", "strength", "return", "interval95"]
+    write(where.results_dir / "meanfield.csv", [*columns, "seeds"], rows)
+    plot_meanfield(tables, agents, widths, where.results_dir / "meanfield.png")
+
+
+def plot_meanfield(tables: dict[tuple, dict], agents: tuple[int, ...], widths: tuple[int, ...], path: Path) -> None:
+    """Return against noise (above) and against worst-case observations (below) for each N and for each width."""
+    figure, names = Figure(figsize=(4 * len(agents) + 4, 7), layout="constrained"), [*MEAN_FIELD_METHODS, *MADDPG]
+    axes = figure.subplots(2, len(agents) + 1)
+    for row, (family, label) in zip(axes, SHOWN.items()):
+        panels = [{m: tables[m, n, 64] for m in names if (m, n, 64) in tables} for n in agents]
+        panels.append({f"stackelberg, {w} units": tables["stackelberg", agents[0], w] for w in widths})
+        for axis, panel, title in zip(row, panels, [*(f"N = {n}" for n in agents), f"width, N = {agents[0]}"]):
+            for k, (name, table) in enumerate(panel.items()):
+                points = [(float(s), v) for (f, s), v in table.items() if f in ("clean", family)]
+                means, halves = [v.mean() for _, v in points], [interval(v) for _, v in points]
+                color = f"C{names.index(name) if name in names else k + len(names)}"
+                x = np.arange(len(points)) + 0.04 * (k - len(panel) / 2)
+                axis.errorbar(x, means, halves, marker="o", ms=3, capsize=2, label=name, color=color)
+                axis.set_xticks(range(len(points)), [f"{s:g}" for s, _ in points])
+            axis.set(title=title, xlabel=label)
+            axis.grid(alpha=0.3)
+    for axis in (axes[0, 0], axes[0, -1]):
+        axis.legend(fontsize=8)
+    figure.supylabel("return of an agent")
+    figure.savefig(path, dpi=100)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -473,12 +567,66 @@ def ladder(where: Where, episodes: int = 10, seconds: int = 4000, sumo: bool = F
     write(where.results_dir / "traffic_ladder.csv", columns, rows)
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# economy: ermas_economy.py
+
+TAX_METHODS = ("free-market", "us-federal", "saez", "marl", "ermas")
+
+
+def economy(where: Where, seeds: tuple[int, int] = (1, 3)) -> None:
+    """Welfare against the risk aversion of new agents for every method of ermas_economy.py, on the tiny map.
+
+    Args:
+        seeds: first and last seed
+    """
+    start, get = remote(where)
+
+    def train(method: str, *reused: str):
+        command = [str(ROOT / "ermas_economy.py"), f"--method={method}", f"--exp-name=taxes_{method}", *reused]
+        command += [f"--seed={seeds[0]}", f"--num-seeds={seeds[1] - seeds[0] + 1}", f"--runs-dir={where.runs_dir}"]
+        found = where.runs_dir, f"economy_tiny_v0__taxes_{method}__{seeds[0]}__*/welfare.csv"
+        return start([*command, "--compile", "--no-track"], found)
+
+    first = train(TAX_METHODS[0])  # its agents at the end of phase one, in training and in the test, serve the others
+    agents = get(first).parent
+    reused = f"--warm-start={agents}", f"--eval-agents={agents / 'test_agents.pt'}"
+    pending, tables, rows = {m: train(m, *reused) for m in TAX_METHODS[1:]}, {}, []
+    for method, path in ({TAX_METHODS[0]: first} | pending).items():
+        with open(get(path), newline="") as file:
+            for row in csv.DictReader(file):
+                cells = tables.setdefault(method, {}).setdefault(float(row["eta"]), {})
+                for name in ("welfare", "equality", "productivity", "labor", "houses", "tax_rate"):
+                    cells.setdefault(name, []).append(float(row[name]))
+    for method, table in tables.items():
+        for eta, cells in table.items():
+            values = {name: np.array(value) for name, value in cells.items()}
+            gain = values["welfare"] - np.array(tables["marl"][eta]["welfare"])
+            figures = [f(value) for value in (*values.values(), gain) for f in (np.mean, interval)]
+            rows.append([method, eta, *figures, len(gain)])
+    columns = ["method", "eta", *(c for name in (*values, "more_than_marl") for c in (name, f"{name}_interval95"))]
+    write(where.results_dir / "economy.csv", [*columns, "seeds"], rows)
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    titles = {"welfare": "equality x productivity", "equality": "equality", "productivity": "productivity (coin)"}
+    for axis, (name, title) in zip(figure.subplots(1, 3), titles.items()):
+        for k, (method, table) in enumerate(tables.items()):
+            values = [np.array(cells[name]) for cells in table.values()]
+            x = np.arange(len(table)) + 0.06 * (k - 2)
+            axis.errorbar(x, [v.mean() for v in values], [interval(v) for v in values], fmt="o-", ms=3, label=method)
+        axis.set_xticks(range(len(table)), [f"{eta:g}" for eta in table])
+        axis.set(xlabel="eta of the new agents (training: 0.23)", title=title)
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(where.results_dir / "economy.png", dpi=110)
+
+
 if __name__ == "__main__":
     commands = {
         "particle": particle,
         "drones": drones,
+        "meanfield": meanfield,
         "traffic": traffic,
         "traffic-in-sumo": traffic_in_sumo,
         "ladder": ladder,
+        "economy": economy,
     }
     tyro.extras.subcommand_cli_from_dict(commands, config=(tyro.conf.OmitArgPrefixes,))

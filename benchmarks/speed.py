@@ -14,6 +14,7 @@
     python benchmarks/speed.py meanfield                # ernie_meanfield.py with 3 to 100 agents: five minutes
     python benchmarks/speed.py drones                   # leader_follower_v0 and hover_v0: half a minute
     python benchmarks/speed.py economy --original ORIGINAL/bin/python    # economy_v0: two minutes; ORIGINAL: see below
+    python benchmarks/speed.py taxes                    # ermas_economy.py, both phases: three minutes
 
 A repeat times every contestant once, for `--seconds` or longer; each repeat starts with another one, and ratios are
 taken within a repeat. Shown are the median and the quartiles over repeats. On a CPU the process is pinned to one core
@@ -82,6 +83,9 @@ builds, a quarter orders) and random tax rates, random numbers included.
     econojax         always a recorded figure: jitted step, observations and masks, four agents, B = 1024; a simpler
                      game (no space, houses or water)
 
+`taxes` counts environment steps of economy_tiny_v0 in which nobody deviates, in iterations of ermas_economy.py with the
+step compiled: the environment alone, the episodes (networks included), and whole iterations of phase one and two.
+
 A peer that is not installed stands there with the figure recorded earlier, on two shared cores of another machine: its
 ratios compare machines too.
 """
@@ -114,6 +118,7 @@ from matplotlib.figure import Figure
 
 import envs
 import ermas_bimatrix
+import ermas_economy
 import ernie_coma
 import ernie_maddpg as script
 import ernie_mappo
@@ -251,6 +256,19 @@ def text(row: dict, name: str) -> str:
 
     middle, lower, upper = (short(row[name + end]) for end in ENDS)
     return f"{middle:>8} {f'({lower}-{upper})':17}"
+
+
+def compare(rates: dict[str, np.ndarray], ways, common: dict, title: str = "") -> list[dict]:
+    """A line and a row of each contestant: steps per second, and how many times as fast each of `ways` is."""
+    rows, columns = [], ["steps_per_second", *(f"{way}_is_times" for way in ways)]
+    print(f"\n{title:31}{'env steps/s (quartiles)':27}" + "".join(f"{f'{way} is times':27}" for way in ways))
+    for name, rate in rates.items():
+        row = common | {"name": name, "repeats": len(rate)} | quartiles("steps_per_second", rate)
+        for way in ways:
+            row |= quartiles(f"{way}_is_times", rates[way] / rate)
+        print(f"{name:30}", *(text(row, column) for column in columns))
+        rows.append(row)
+    return rows
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -600,15 +618,7 @@ def bench_mappo(timing: Timing, out: Path = RESULTS / "speed_mappo.csv") -> None
     times = interleave({name: mappo_loop(timing, *way) for name, way in ways.items()}, timing, clock)
     rates = {name: 80 * T / values for name, values in times.items()}
     rates |= {f"{name}, recorded": np.full(timing.repeats, rate) for name, rate in RECORDED_PPO.items()}
-    rows = []
-    print(f"\n{'':31}{'env steps/s (quartiles)':27}" + "".join(f"{f'{way} is times':27}" for way in ways))
-    for name, rate in rates.items():
-        row = {"device": timing.device, "name": name, "repeats": len(rate)} | quartiles("steps_per_second", rate)
-        for way in ways:
-            row |= quartiles(f"{way}_is_times", rates[way] / rate)
-        print(f"{name:30}", *(text(row, k) for k in ("steps_per_second", *(f"{way}_is_times" for way in ways))))
-        rows.append(row)
-    write_csv(out, rows)
+    write_csv(out, compare(rates, ways, {"device": timing.device}))
 
 
 def crowds(N: int, device: str) -> dict[str, Callable[[], None]]:
@@ -892,17 +902,53 @@ def bench_economy(
         rates = {name: (1 if name == "ai-economist" else B) * PLAYED / values for name, values in times.items()}
         for name, rate in PEERS_OF_ECONOMY.items():
             rates |= {} if name in rates else {f"{name}, recorded": np.full(timing.repeats, rate)}
-        print(f"\n{f'B={B}':23}{'steps/s (quartiles)':27}" + "".join(f"{f'{c} is times':27}" for c in MARKETS))
-        for name, rate in rates.items():
-            row = {"device": timing.device, "num_envs": B, "name": name, "repeats": len(rate)}
-            row |= quartiles("steps_per_second", rate)
-            for c in MARKETS:
-                row |= quartiles(f"{c}_is_times", rates[c] / rate)
-            print(f"{name:22}", *(text(row, k) for k in ("steps_per_second", *(f"{c}_is_times" for c in MARKETS))))
-            rows.append(row)
+        rows += compare(rates, MARKETS, {"device": timing.device, "num_envs": B}, f"B={B}")
         write_csv(out, rows)
     if worker is not None:
         worker.stdin.close()
+
+
+def taxes(timing: Timing, num_seeds: int) -> dict[str, Callable[[], None]]:
+    """What an iteration of ermas_economy.py consists of, by name."""
+    device, jobs = torch.device(timing.device), {}
+    args = ermas_economy.Args(num_seeds=num_seeds, compile=True)
+    for name, phase, schedule in (
+        ("phase one", "one", {"adversarial": False, "deviating": False, "plans": False}),
+        ("phase two, marl", "two", {"adversarial": False, "deviating": False, "plans": True}),
+        ("phase two, ermas", "two", {"adversarial": True, "deviating": True, "plans": True}),
+    ):
+        env = ermas_economy.build_economy(args, num_seeds, args.num_envs, phase, device)
+        step = torch.compile(env.step, fullgraph=True, dynamic=False)
+        streams = {n: ermas_economy.make_generators(1, num_seeds, n, device) for n in ("games", "minibatches")}
+        nets = ermas_economy.make_economists(env, streams["games"], args)
+        optimizers, memory = ermas_economy.make_optimizers(nets, args), ermas_economy.start_memory(env, num_seeds, args)
+        schedule |= {"ent_coef": args.ent_coef, "planner_ent_coef": args.planner_ent_coef}
+        parts = (env, step, nets, optimizers, memory, streams, schedule, args)
+        jobs[name] = partial(ermas_economy.iterate, *parts)
+    games = (env, step, nets, None, streams["games"], args)
+    actions = torch.randint(env.action_sizes[0], (num_seeds * args.num_envs, env.num_agents), device=device)
+
+    def environment() -> None:
+        for _ in range(1 + args.inner_steps):
+            state, _ = env.reset(streams["games"])
+            for _ in range(env.horizon):
+                state, *_ = step(state, actions, env.draw(streams["games"]))
+
+    def episodes() -> None:
+        for _ in range(1 + args.inner_steps):
+            ermas_economy.play_economy(*games)
+
+    return {"environment": environment, "episodes": episodes} | jobs
+
+
+def bench_taxes(timing: Timing, num_seeds: int = 3, out: Path = RESULTS / "speed_taxes.csv") -> None:
+    """Environment steps per second of training with `num_seeds` seeds, and what takes the time."""
+    clock, args = prepare(timing), ermas_economy.Args()
+    times = interleave(taxes(timing, num_seeds), timing, clock)
+    steps = num_seeds * (1 + args.inner_steps) * args.num_envs * 100
+    rates = {name: steps / values for name, values in times.items()}
+    rates["ai-economist alone (economy_v0), recorded"] = np.full(timing.repeats, PEERS_OF_ECONOMY["ai-economist"])
+    write_csv(out, compare(rates, ("environment", "episodes"), {"device": timing.device, "num_seeds": num_seeds}))
 
 
 if __name__ == "__main__":
@@ -917,6 +963,7 @@ if __name__ == "__main__":
             "meanfield": bench_meanfield,
             "drones": bench_drones,
             "economy": bench_economy,
+            "taxes": bench_taxes,
         },
         config=(tyro.conf.OmitArgPrefixes,),
     )
