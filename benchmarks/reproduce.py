@@ -310,12 +310,14 @@ def meanfield(
 
 def plot_meanfield(tables: dict[tuple, dict], agents: tuple[int, ...], widths: tuple[int, ...], path: Path) -> None:
     """Return against noise (above) and against worst-case observations (below) for each N and for each width."""
-    figure, names = Figure(figsize=(4 * len(agents) + 4, 7), layout="constrained"), [*MEAN_FIELD_METHODS, *MADDPG]
-    axes = figure.subplots(2, len(agents) + 1)
+    names, titles = [*MEAN_FIELD_METHODS, *MADDPG], [f"N = {n}" for n in agents]
+    titles += [f"width, N = {agents[0]}"] * (len(widths) > 1)
+    figure = Figure(figsize=(4.5 * len(titles), 7), layout="constrained")
+    axes = figure.subplots(2, len(titles), squeeze=False)
     for row, (family, label) in zip(axes, SHOWN.items()):
         panels = [{m: tables[m, n, 64] for m in names if (m, n, 64) in tables} for n in agents]
         panels.append({f"stackelberg, {w} units": tables["stackelberg", agents[0], w] for w in widths})
-        for axis, panel, title in zip(row, panels, [*(f"N = {n}" for n in agents), f"width, N = {agents[0]}"]):
+        for axis, panel, title in zip(row, panels, titles):
             for k, (name, table) in enumerate(panel.items()):
                 points = [(float(s), v) for (f, s), v in table.items() if f in ("clean", family)]
                 means, halves = [v.mean() for _, v in points], [interval(v) for _, v in points]
