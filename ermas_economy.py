@@ -925,10 +925,13 @@ def welfare_report(
             rows.append([args.env_id, args.method, args.epsilon, args.seed + k, eta, *found])
     with open(run_dir / "welfare.csv", "w", newline="") as file:
         csv.writer(file).writerows([columns, *rows])
-    print(f"\n{args.env_id}, {args.method}: new agents, mean and 95% interval over {args.num_seeds} seeds")
+    many = args.num_seeds > 1
+    over = f"mean and 95% interval over {args.num_seeds} seeds" if many else "one seed"
+    print(f"\n{args.env_id}, {args.method}: new agents, {over}")
     print(f"{'eta':>6s}" + "".join(f"{name:>18s}" for name in measures))
     for q, eta in enumerate(args.eval_eta):
-        cells = (f"{values[q].mean():.3g} ± {interval(values[q][:, None])[0]:.2g}" for values in measures.values())
+        halves = (f" ± {interval(values[q][:, None])[0]:.2g}" * many for values in measures.values())
+        cells = (f"{values[q].mean():.3g}{half}" for values, half in zip(measures.values(), halves))
         print(f"{eta:6g}" + "".join(f"{cell:>18s}" for cell in cells))
     plot_welfare(measures, facts, tests, args, run_dir)
     with wandb_may_fail(wandb_runs):
