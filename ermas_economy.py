@@ -348,6 +348,11 @@ def state_values(net: MLP, obs: Tensor, args: Args) -> Tensor:
     return forward(net.layers(), obs.unsqueeze(1), args.activation).squeeze(1)
 
 
+def logp_of(logp: Tensor, choice: Tensor) -> Tensor:
+    """Log-probabilities [...] of choices [...], of logp [..., A]."""
+    return logp.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
+
+
 def entropy_of(logp: Tensor) -> Tensor:
     return -(logp.exp() * logp).sum(-1)
 
@@ -383,8 +388,8 @@ def choose_rates(net: MLP, state, env, shape: tuple[int, int, int], generators: 
     rows = (x.transpose(0, 1).flatten(1, 2) for x in (obs, valid))
     logp = rate_logp(net, *rows, args).unflatten(1, (shape[0], shape[2])).transpose(0, 1)  # [L, R, B, b, c]
     choices = (logp + draw(gumbel, logp.shape[2:], generators)).argmax(-1)
-    taken = logp.gather(-1, choices.unsqueeze(-1)).sum((-2, -1))
-    return {"planner_obs": obs, "planner_valid": valid, "choices": choices, "choice_logprobs": taken}
+    taken = {"choices": choices, "choice_logprobs": logp_of(logp, choices).sum(-1)}
+    return {"planner_obs": obs, "planner_valid": valid} | taken
 
 
 @torch.no_grad()
@@ -405,7 +410,7 @@ def play_economy(env, step, nets: Nets, after, generators: Generators, args: Arg
         new = {"obs": obs.unflatten(0, shape), "valid": valid.unflatten(0, shape)}
         logp = sliced_logp(nets, deviations, new["obs"], new["valid"], args)
         new["actions"] = (logp + draw(gumbel, logp.shape[2:], generators)).argmax(-1)  # [L, R, B, N]
-        new["logprobs"] = logp.gather(-1, new["actions"].unsqueeze(-1)).squeeze(-1)
+        new["logprobs"] = logp_of(logp, new["actions"])
         if env.tax == "planner" and t % env.period == 0:
             new |= choose_rates(nets["planner"], state, env, shape, generators, args)
         rates, noise = new["choices"].flatten(0, 2) if "choices" in new else None, env.draw(generators).repeat(1, L)
@@ -505,7 +510,7 @@ def agents_loss(nets: Nets, rows: Batch, correction: Tensor | float, ent_coef: f
     """PPO's loss of the shared policy and of the values, plus <correction, parameters>: a gradient that is added as it
     is, [R, K]. Returns loss, metrics."""
     logp = masked_logp(nets["agents"], rows["obs"], rows["valid"], args)
-    policy, metrics = clipped_loss(logp.gather(2, rows["actions"].unsqueeze(2)).squeeze(2), rows, args)
+    policy, metrics = clipped_loss(logp_of(logp, rows["actions"]), rows, args)
     entropy = entropy_of(logp).mean(1)
     values = (state_values(nets["agents_values"], rows["obs"], args) - rows["returns"]).square().mean((1, 2))
     loss = (policy - ent_coef * entropy + args.vf_coef * values).sum() + (correction * nets["agents"].flat).sum()
@@ -515,7 +520,7 @@ def agents_loss(nets: Nets, rows: Batch, correction: Tensor | float, ent_coef: f
 def planner_loss(nets: Nets, rows: Batch, ent_coef: float, args: Args):
     """The same of the planner, whose action are rates of all brackets at once: loss, metrics."""
     logp = rate_logp(nets["planner"], rows["obs"], rows["valid"], args)
-    policy, metrics = clipped_loss(logp.gather(3, rows["actions"].unsqueeze(3)).squeeze(3).sum(2), rows, args)
+    policy, metrics = clipped_loss(logp_of(logp, rows["actions"]).sum(2), rows, args)
     entropy = entropy_of(logp).sum(2).mean(1)
     values = (state_values(nets["planner_values"], rows["obs"], args) - rows["returns"]).square().mean((1, 2))
     loss = (policy - ent_coef * entropy + args.vf_coef * values).sum()
@@ -627,8 +632,7 @@ def own_gradient(flat: Tensor, sizes: list[int], batch: Batch, args: Args) -> Te
     with torch.enable_grad():
         flat = flat.detach().requires_grad_()
         logp = masked_logp(MLP(flat, sizes), batch["obs"], batch["valid"], args)
-        taken = logp.gather(2, batch["actions"].unsqueeze(2)).squeeze(2)
-        return torch.autograd.grad((taken * batch["advantages"]).mean(1).sum(), flat)[0]
+        return torch.autograd.grad((logp_of(logp, batch["actions"]) * batch["advantages"]).mean(1).sum(), flat)[0]
 
 
 def choose_rows(batch: Batch, count: int, generators: Generators) -> Batch:
@@ -705,11 +709,10 @@ def planner_samples(nets: Nets, episodes: Batch, moments: Tensor, env, args: Arg
     rewards = F.pad(episodes["planner_rewards"], (0, -env.horizon % env.period)).unflatten(2, (-1, env.period)).sum(3)
     per_period = replace(args, gamma=args.gamma**env.period)
     advantages, returns, moments = estimate(values, rewards[..., None, None], moments, per_period)
-    batch = {"obs": obs, "valid": episodes["planner_valid"], "actions": episodes["choices"]}
-    batch |= {"logprobs": episodes["choice_logprobs"], "advantages": standardize(advantages.flatten(1))[0]}
-    return {k: v if k == "advantages" else v.flatten(1, 2) for k, v in batch.items()} | {
-        "returns": returns.flatten(1, 2).flatten(2)
-    }, moments
+    kept = {"obs": "planner_obs", "valid": "planner_valid", "actions": "choices", "logprobs": "choice_logprobs"}
+    batch = {name: episodes[source].flatten(1, 2) for name, source in kept.items()}
+    batch |= {"advantages": standardize(advantages.flatten(1))[0], "returns": returns.flatten(1, 3)}
+    return batch, moments
 
 
 LOSSES = [
@@ -735,7 +738,8 @@ def iterate(env, step, nets: Nets, optimizers, memory: dict, streams: dict, sche
     regrets = excess = kl = torch.zeros_like(lambdas)
     if schedule["deviating"]:
         own = {k: batches[0][k].movedim(3, 1).flatten(0, 1) for k in ("obs", "valid", "actions", "rewards")}
-        first, moments = lone_samples(nets, own, memory["agents_moments"], args), memory["agents_moments"]
+        moments = memory["agents_moments"]
+        first = lone_samples(nets, own, moments, args)
         gradients, regrets, kl, more = deviate_in_economy(nets, first, play, moments, streams, args)
         excess, batches = regrets - args.epsilon, batches + more
     else:
@@ -786,13 +790,10 @@ def build_economy(args: Args, num_runs: int, num_envs: int, phase: str, device: 
     """The economy of a phase: "one", without taxes while labor becomes costly, or "two"; eta [num_runs] or that of
     training. Annealing follows the number of episodes that the phase has."""
     fields = {"eta": args.eta_train if eta is None else eta.repeat_interleave(num_envs), "rate_step": args.rate_step}
-    if phase == "one":
-        return envs.make(
-            args.env_id, num_runs * num_envs, device, tax="free", labor_constant=args.labor_constant, **fields
-        )
-    env = envs.make(args.env_id, num_runs * num_envs, device, tax=TAXES[args.method], **fields)
+    fields |= {"tax": "free", "labor_constant": args.labor_constant} if phase == "one" else {"tax": TAXES[args.method]}
+    env = envs.make(args.env_id, num_runs * num_envs, device, **fields)
     episodes = args.tax_annealing * args.phase_two_timesteps / (num_envs * env.horizon)
-    if episodes == 0 or eta is not None:  # the test's agents live with the taxes as they are
+    if phase == "one" or episodes == 0 or eta is not None:  # the test's agents live with the taxes as they are
         return env
     return replace(env, tax_warmup=-episodes / 9, tax_slope=0.9 / episodes)
 
@@ -813,6 +814,11 @@ def start_memory(env, num_runs: int, args: Args) -> dict:
     memory = {f"{name}_moments": x.to(env.device) for name, x in moments.items()}
     lambdas = torch.full((num_runs, env.num_agents), args.lambda_init, dtype=env.dtype, device=env.device)
     return memory | {"state": None, "lambdas": lambdas}
+
+
+def saved_state(checkpoint: dict, device: torch.device) -> economy.State:
+    """The economy's last state."""
+    return economy.State(**{name: value.to(device) for name, value in checkpoint["memory"]["state"].items()})
 
 
 def schedule_of(phase: str, progress: float, optimizers, args: Args) -> dict:
@@ -1162,8 +1168,7 @@ def train(nets: Nets, args: Args, device, run_dir: Path, wandb_runs: list, warm:
         memory = fresh | ({} if memory is None else {"agents_moments": memory["agents_moments"]})
         if state is not None:
             memory = {name: value if name == "state" else value.to(device) for name, value in state["memory"].items()}
-            past = memory["state"]
-            memory["state"] = past and economy.State(**{k: v.to(device) for k, v in past.items()})
+            memory["state"] = saved_state(state, device)
         elif warm is not None:
             take_over(nets, memory, warm)
         warm, state, total, started = None, None, timesteps_of(phase, args), time.perf_counter()
@@ -1197,9 +1202,8 @@ def train(nets: Nets, args: Args, device, run_dir: Path, wandb_runs: list, warm:
                     log_metrics(log_path, wandb_runs, labels, before + step, row)
                 bar.set_postfix(welfare=f"{row['charts/welfare'].mean():.1f}", refresh=False)
                 sums, count, started = {}, 0, time.perf_counter()
-            if is_done and phase == "one":
-                if RANK == 0:
-                    save_agents(run_dir / "warm_agents.pt", nets, memory, agents_key(args, eta_train=args.eta_train))
+            if is_done and phase == "one" and RANK == 0:
+                save_agents(run_dir / "warm_agents.pt", nets, memory, agents_key(args, eta_train=args.eta_train))
             if save:
                 data = {"script": Path(__file__).stem, "args": asdict(args), "phase": phase, "step": step}
                 data |= {"before": before, "count": count, "sums": sums}
@@ -1238,7 +1242,7 @@ def main() -> None:
     if args.evaluate:
         if state["phase"] == "one":
             fail(f"{run_dir} has no taxes yet; go on with --resume")
-        last = economy.State(**{name: value.to(device) for name, value in state["memory"]["state"].items()})
+        last = saved_state(state, device)
     else:
         last = train(nets, args, device, run_dir, wandb_runs, warm, state)
     if last is None:

@@ -109,6 +109,20 @@ def score(path: Path, agent: str | None = None) -> float:
     return float(np.mean([v.mean() for (f, _), v in read(path, agent=agent).items() if f in ("clean", *SHOWN)]))
 
 
+def grids_of(points: tuple[tuple[float, float], ...]) -> dict[str, list[str]]:
+    """The plain algorithm, and regularised ones at points (epsilon, lambda): flags of each point of a method's grid."""
+    grid = [f"--epsilon={epsilon} --reg-coef={coef}" for epsilon, coef in points]
+    modes = ("gaussian", "adversarial", "stackelberg")
+    return {"none": ["--regularizer=none"]} | {m: [f"--regularizer={m} {point}" for point in grid] for m in modes}
+
+
+def command_of(script: str, name: str, flags: str, seeds: tuple[int, int], total_timesteps: int, where: Where) -> list:
+    """Command of a run that leaves one checkpoint, at its end."""
+    command = [str(ROOT / script), f"--exp-name={name}", *flags.split(), f"--runs-dir={where.runs_dir}", "--no-track"]
+    command += [f"--seed={seeds[0]}", f"--num-seeds={seeds[1] - seeds[0] + 1}"]
+    return [*command, f"--total-timesteps={total_timesteps}", f"--checkpoint-interval={total_timesteps}"]
+
+
 def select_and_train(train, get, grids: dict[str, list[str]], seeds, select_seeds, prefix="", agent=None) -> dict:
     """Every point of each method's grid on the selection seeds, then the best one on the others: method -> (flags,
     result of the run). train(name, flags, seeds, selects) starts a run; results are read by `get`."""
@@ -147,11 +161,9 @@ def particle(
     start, get = remote(where)
 
     def train(name: str, flags: str, seeds: tuple[int, int], selects: bool, task: str):
-        command = [str(ROOT / "ernie_maddpg.py"), f"--env-id={task}", f"--exp-name={name}", *flags.split()]
-        command += [f"--seed={seeds[0]}", f"--num-seeds={seeds[1] - seeds[0] + 1}"]
-        command += [f"--eval-episodes={100 if selects else eval_episodes}", f"--runs-dir={where.runs_dir}"]
-        command += [f"--total-timesteps={total_timesteps}", f"--checkpoint-interval={total_timesteps}"]
-        command += ["--wandb-mode=disabled", "--batch-size=512", "--reg-batch-size=128"]
+        command = command_of("ernie_maddpg.py", name, flags, seeds, total_timesteps, where)
+        command += [f"--env-id={task}", f"--eval-episodes={100 if selects else eval_episodes}"]
+        command += ["--batch-size=512", "--reg-batch-size=128"]
         return start(command, (where.runs_dir, f"{task}__{name}__{seeds[0]}__*/robustness.csv"))
 
     final = {}
@@ -191,11 +203,7 @@ def plot_particle(task: str, tables: dict[str, dict], folder: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # drones: ernie_mappo.py
 
-DRONE_GRID = [f"--epsilon={epsilon} --reg-coef={coef}" for epsilon, coef in ((0.3, 0.1), (1.0, 0.1), (1.0, 1.0))]
-DRONE_METHODS = {"none": ["--regularizer=none"]}
-DRONE_METHODS |= {
-    m: [f"--regularizer={m} {point}" for point in DRONE_GRID] for m in ("gaussian", "adversarial", "stackelberg")
-}
+DRONE_METHODS = grids_of(((0.3, 0.1), (1.0, 0.1), (1.0, 1.0)))
 
 
 def drones(
@@ -214,9 +222,7 @@ def drones(
     start, get = remote(where)
 
     def train(name: str, flags: str, seeds: tuple[int, int], selects: bool):
-        command = [str(ROOT / "ernie_mappo.py"), f"--exp-name={name}", *flags.split(), "--compile", "--no-track"]
-        command += [f"--seed={seeds[0]}", f"--num-seeds={seeds[1] - seeds[0] + 1}", f"--runs-dir={where.runs_dir}"]
-        command += [f"--total-timesteps={total_timesteps}", f"--checkpoint-interval={total_timesteps}"]
+        command = [*command_of("ernie_mappo.py", name, flags, seeds, total_timesteps, where), "--compile"]
         return start(command, (where.runs_dir, f"leader_follower_v0__{name}__{seeds[0]}__*/robustness.csv"))
 
     final = select_and_train(train, get, DRONE_METHODS, seeds, select_seeds, "drones_", "mean")
@@ -245,11 +251,7 @@ def drones(
 # --------------------------------------------------------------------------------------------------------------------
 # meanfield: ernie_meanfield.py
 
-MEAN_FIELD_GRID = [f"--epsilon={epsilon} --reg-coef={coef}" for epsilon, coef in ((0.1, 0.1), (0.3, 0.1), (0.3, 1.0))]
-MEAN_FIELD_METHODS = {"none": ["--regularizer=none"]}
-MEAN_FIELD_METHODS |= {
-    m: [f"--regularizer={m} {point}" for point in MEAN_FIELD_GRID] for m in ("gaussian", "adversarial", "stackelberg")
-}
+MEAN_FIELD_METHODS = grids_of(((0.1, 0.1), (0.3, 0.1), (0.3, 1.0)))
 MADDPG = {  # ernie_maddpg.py: flags, largest number of agents
     "maddpg": ("--regularizer=none", 15),
     "m3ddpg": ("--regularizer=none --minimax-epsilon=0.01", 6),
@@ -276,11 +278,13 @@ def meanfield(
     start, get = remote(where)
 
     def train(name: str, flags: str, seeds: tuple[int, int], selects=False, count=agents[0], script="meanfield"):
-        name, batch = f"{name}_{count}", f"--batch-size={1536 // count}"  # samples of all agents: as many for every N
-        command = [str(ROOT / f"ernie_{script}.py"), f"--exp-name={name}", *flags.split(), f"--num-agents={count}"]
-        command += [f"--seed={seeds[0]}", f"--num-seeds={seeds[1] - seeds[0] + 1}", f"--runs-dir={where.runs_dir}"]
-        command += [f"--total-timesteps={total_timesteps}", f"--checkpoint-interval={total_timesteps}", batch]
-        command += ["--wandb-mode=disabled", "--steps-per-update=25", "--log-interval=20000", "--attack-steps=1"]
+        name = f"{name}_{count}"
+        command = command_of(f"ernie_{script}.py", name, flags, seeds, total_timesteps, where)
+        command += [
+            f"--num-agents={count}",
+            f"--batch-size={1536 // count}",
+        ]  # samples of all agents: as many for all N
+        command += ["--steps-per-update=25", "--log-interval=20000", "--attack-steps=1"]
         if script == "meanfield":
             transfer = [f"--eval-agents={n}" if k == 0 else str(n) for k, n in enumerate(agents)]
             command += [f"--reg-batch-size={max(8, 96 // count)}", "--transport-steps=50", *transfer]

@@ -911,18 +911,18 @@ def bench_economy(
 def taxes(timing: Timing, num_seeds: int) -> dict[str, Callable[[], None]]:
     """What an iteration of ermas_economy.py consists of, by name."""
     device, jobs = torch.device(timing.device), {}
-    args = ermas_economy.Args(num_seeds=num_seeds, compile=True)
-    for name, phase, schedule in (
-        ("phase one", "one", {"adversarial": False, "deviating": False, "plans": False}),
-        ("phase two, marl", "two", {"adversarial": False, "deviating": False, "plans": True}),
-        ("phase two, ermas", "two", {"adversarial": True, "deviating": True, "plans": True}),
+    for name, phase, method in (
+        ("phase one", "one", "marl"),
+        ("phase two, marl", "two", "marl"),
+        ("phase two, ermas", "two", "ermas"),
     ):
+        args = ermas_economy.Args(num_seeds=num_seeds, method=method)
         env = ermas_economy.build_economy(args, num_seeds, args.num_envs, phase, device)
         step = torch.compile(env.step, fullgraph=True, dynamic=False)
         streams = {n: ermas_economy.make_generators(1, num_seeds, n, device) for n in ("games", "minibatches")}
         nets = ermas_economy.make_economists(env, streams["games"], args)
         optimizers, memory = ermas_economy.make_optimizers(nets, args), ermas_economy.start_memory(env, num_seeds, args)
-        schedule |= {"ent_coef": args.ent_coef, "planner_ent_coef": args.planner_ent_coef}
+        schedule = ermas_economy.schedule_of(phase, 0.5, optimizers, args)
         parts = (env, step, nets, optimizers, memory, streams, schedule, args)
         jobs[name] = partial(ermas_economy.iterate, *parts)
     games = (env, step, nets, None, streams["games"], args)
