@@ -381,6 +381,16 @@ def play(env, probs: list[Tensor], start: Tensor, action: Tensor) -> tuple[Tenso
 compiled_play = torch.compile(play, fullgraph=True)  # at its first call
 
 
+def average_ranks(*tensors: Tensor) -> list[Tensor]:
+    """Means over the ranks of torchrun that train the same seeds, all in one message."""
+    if not dist.is_initialized():
+        return list(tensors)
+    flat = torch.cat([x.flatten() for x in tensors])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([x.numel() for x in tensors])
+    return [part.view_as(x) for part, x in zip(parts, tensors)]
+
+
 def experience(env, probs: list[Tensor], games: Batch, values: Tensor, run: Batch, args: Args) -> Batch:
     """Games of R = k S runs, the k-th S of them with the k-th part of `probs`: states [R, B, T], moves [3, R, B, T],
     mean reward per step [R, 3], visits [R, X] (share of the steps that begin in each state), and of each reward the
@@ -403,17 +413,9 @@ def experience(env, probs: list[Tensor], games: Batch, values: Tensor, run: Batc
     baseline = values.repeat(k, 1, 1, 1).flatten(2).gather(2, cell.flatten(1).unsqueeze(1).expand(-1, 3, -1))
     visits = torch.zeros_like(probs[0][..., 0])
     visits = visits.scatter_add(1, before.flatten(1), torch.ones_like(before, dtype=env.dtype).flatten(1))
-    games = {"states": before, "moves": moves, "returns": returns, "cell": cell, "mean": average_ranks(mean)}
-    games["visits"] = average_ranks(visits / visits.sum(1, keepdim=True))
+    games = {"states": before, "moves": moves, "returns": returns, "cell": cell}
+    games["mean"], games["visits"] = average_ranks(mean, visits / visits.sum(1, keepdim=True))
     return games | {"advantages": returns - baseline.mT.view_as(returns)}
-
-
-def average_ranks(x: Tensor) -> Tensor:
-    """Mean over the processes of torchrun, each with its own games."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x = x / dist.get_world_size()
-    return x
 
 
 def score_table(env, games: Batch, player: int, reward: int, runs: slice) -> Tensor:
@@ -422,7 +424,7 @@ def score_table(env, games: Batch, player: int, reward: int, runs: slice) -> Ten
     entry = (states * A + games["moves"][player][runs]).flatten(1)
     table = torch.zeros(len(states), env.num_states * A, dtype=env.dtype, device=entry.device)
     table = table.scatter_add(1, entry, games["advantages"][runs, ..., reward].flatten(1) / states.shape[1])
-    return average_ranks(table.unflatten(1, (-1, A)))
+    return average_ranks(table.unflatten(1, (-1, A)))[0]
 
 
 def follow(values: Tensor, games: Batch, runs: slice, rate: float) -> Tensor:
@@ -430,7 +432,7 @@ def follow(values: Tensor, games: Batch, runs: slice, rate: float) -> Tensor:
     cell = games["cell"][runs].flatten(1).unsqueeze(1).expand(-1, 3, -1)
     sums = values.new_zeros(2, *values.flatten(2).shape)
     parts = (games["returns"][runs].flatten(1, 2).mT, torch.ones_like(cell, dtype=values.dtype))
-    total, count = average_ranks(torch.stack([s.scatter_add(2, cell, part) for s, part in zip(sums, parts)]))
+    total, count = average_ranks(*(s.scatter_add(2, cell, part) for s, part in zip(sums, parts)))
     change = (total / count.clamp_min(1e-9)).view_as(values) - values
     return values + rate * change * (count > 0).view_as(values)
 
@@ -919,12 +921,22 @@ def log_metrics(path: Path, wandb_runs: list, labels: list[dict], step: int, met
 
 
 def setup(args: Args) -> torch.device:
-    """Torch settings and the device. Under torchrun each rank plays its own environments and gradients are averaged."""
+    """Torch settings and the device. Under torchrun the ranks share out the seeds if that leaves none over: each is a
+    run of its own, with its own folder. Otherwise each plays its own environments of all seeds, and gradients are
+    averaged."""
+    global RANK, CHECKPOINT
+    world, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda = args.cuda and torch.cuda.is_available()
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu")
+    if cuda and local >= torch.cuda.device_count():
+        fail(f"--nproc-per-node must be at most {torch.cuda.device_count()}, the number of GPUs, or use --no-cuda")
+    device = torch.device(f"cuda:{local}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)  # nccl takes the current one
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if world > 1 and args.num_seeds % world == 0:
+        args.num_seeds //= world
+        args.seed += RANK * args.num_seeds
+        RANK, CHECKPOINT = 0, "checkpoint.pt"
+    elif world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     torch.set_num_threads(args.num_threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -457,13 +457,20 @@ def gae(rewards: Tensor, values: Tensor, terminated: Tensor, args: Args) -> Tens
     return torch.stack(advantages[::-1], 2)
 
 
+def average_ranks(*tensors: Tensor) -> list[Tensor]:
+    """Means over the ranks of torchrun that train the same seeds, all in one message."""
+    if not dist.is_initialized():
+        return list(tensors)
+    flat = torch.cat([x.flatten() for x in tensors])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([x.numel() for x in tensors])
+    return [part.view_as(x) for part, x in zip(parts, tensors)]
+
+
 def mean_and_square(x: Tensor) -> Tensor:
     """Mean and mean square [2, S, 1, N], in float64, of x [S, M, N] over the samples of all ranks."""
     moments = torch.stack([x.double().mean(1, keepdim=True), x.double().square().mean(1, keepdim=True)])
-    if dist.is_initialized():
-        dist.all_reduce(moments)
-        moments /= dist.get_world_size()
-    return moments
+    return average_ranks(moments)[0]
 
 
 def mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -529,10 +536,8 @@ def planner_loss(nets: Nets, rows: Batch, ent_coef: float, args: Args):
 
 def descend(loss: Tensor, nets: list[MLP], optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
     """One optimiser step; the gradient of each network of each seed is clipped on its own."""
-    for net, grad in zip(nets, torch.autograd.grad(loss, [net.flat for net in nets])):
-        if dist.is_initialized():
-            dist.all_reduce(grad)
-            grad /= dist.get_world_size()
+    grads = average_ranks(*torch.autograd.grad(loss, [net.flat for net in nets]))
+    for net, grad in zip(nets, grads):
         norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
         net.flat.grad = grad * (max_grad_norm / norm.clamp_min(max_grad_norm))
     optimizer.step()
@@ -619,14 +624,6 @@ def trust_region_step(policy, flat: Tensor, scores: Tensor, visits: Tensor, anch
 # ALGO LOGIC: Agent-Adv-Search, ERMAS Algorithm 2, and the planner's turn, Algorithm 1
 
 
-def average_ranks(x: Tensor) -> Tensor:
-    """Mean over the processes of torchrun, each with its own games."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x = x / dist.get_world_size()
-    return x
-
-
 def own_gradient(flat: Tensor, sizes: list[int], batch: Batch, args: Args) -> Tensor:
     """g of Eq. (16) [P, K]: policy gradient of each of P policies from its own samples, [P, M, ...]."""
     with torch.enable_grad():
@@ -670,7 +667,7 @@ def deviate_in_economy(nets: Nets, first: Batch, play: Callable, moments: Tensor
         episodes, lone = play(MLP(flat, sizes))
         joint.append(episodes)
         own = lone["rewards"].mean((1, 2)).view(R, -1)
-        gains.append(average_ranks(own - episodes["rewards"].mean((1, 2))))
+        gains += average_ranks(own - episodes["rewards"].mean((1, 2)))
         batch = lone_samples(nets, lone, moments, args)
         path.append(own_gradient(flat, sizes, batch, args))
     gradients = path[-1] if args.meta_gradient == "fomaml" else torch.stack(path[:-1]).mean(0)
@@ -1124,12 +1121,22 @@ def log_metrics(path: Path, wandb_runs: list, labels: list[dict], step: int, met
 
 
 def setup(args: Args) -> torch.device:
-    """Torch settings and the device. Under torchrun each rank plays its own environments and gradients are averaged."""
+    """Torch settings and the device. Under torchrun the ranks share out the seeds if that leaves none over: each is a
+    run of its own, with its own folder. Otherwise each plays its own environments of all seeds, and gradients are
+    averaged."""
+    global RANK, CHECKPOINT
+    world, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda = args.cuda and torch.cuda.is_available()
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu")
+    if cuda and local >= torch.cuda.device_count():
+        fail(f"--nproc-per-node must be at most {torch.cuda.device_count()}, the number of GPUs, or use --no-cuda")
+    device = torch.device(f"cuda:{local}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)  # nccl takes the current one
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if world > 1 and args.num_seeds % world == 0:
+        args.num_seeds //= world
+        args.seed += RANK * args.num_seeds
+        RANK, CHECKPOINT = 0, "checkpoint.pt"
+    elif world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     torch.set_num_threads(args.num_threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

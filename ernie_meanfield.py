@@ -543,12 +543,20 @@ def squash_agents(z: Tensor, env) -> Tensor:
     return (env.action_high + env.action_low) / 2 + (env.action_high - env.action_low) / 2 * torch.tanh(z)
 
 
+def average_ranks(*tensors: Tensor) -> list[Tensor]:
+    """Means over the ranks of torchrun that train the same seeds, all in one message."""
+    if not dist.is_initialized():
+        return list(tensors)
+    flat = torch.cat([x.flatten() for x in tensors])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([x.numel() for x in tensors])
+    return [part.view_as(x) for part, x in zip(parts, tensors)]
+
+
 def descend(loss: Tensor, nets: list[MLP], optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
     """One optimiser step; the gradient of each network of each seed is clipped on its own."""
-    for net, grad in zip(nets, torch.autograd.grad(loss, [net.flat for net in nets])):
-        if dist.is_initialized():
-            dist.all_reduce(grad)
-            grad /= dist.get_world_size()
+    grads = average_ranks(*torch.autograd.grad(loss, [net.flat for net in nets]))
+    for net, grad in zip(nets, grads):
         norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
         net.flat.grad = grad * (max_grad_norm / norm.clamp_min(max_grad_norm))
     optimizer.step()
@@ -916,12 +924,22 @@ def log_metrics(path: Path, wandb_runs: list, labels: list[dict], step: int, met
 
 
 def setup(args: Args) -> torch.device:
-    """Torch settings and the device. Under torchrun each rank plays its own environments and gradients are averaged."""
+    """Torch settings and the device. Under torchrun the ranks share out the seeds if that leaves none over: each is a
+    run of its own, with its own folder. Otherwise each plays its own environments of all seeds, and gradients are
+    averaged."""
+    global RANK, CHECKPOINT
+    world, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda = args.cuda and torch.cuda.is_available()
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu")
+    if cuda and local >= torch.cuda.device_count():
+        fail(f"--nproc-per-node must be at most {torch.cuda.device_count()}, the number of GPUs, or use --no-cuda")
+    device = torch.device(f"cuda:{local}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)  # nccl takes the current one
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if world > 1 and args.num_seeds % world == 0:
+        args.num_seeds //= world
+        args.seed += RANK * args.num_seeds
+        RANK, CHECKPOINT = 0, "checkpoint.pt"
+    elif world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     torch.set_num_threads(args.num_threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -78,6 +78,8 @@ class State:
     t: Tensor  # [B] int64, steps since reset
 
 
+STANDS_STILL = tuple(field.name for field in dataclasses.fields(State) if field.name != "t")  # of State, at an end
+
 # ------------------------------------------------------------------------------------------------------ rotations
 
 
@@ -344,11 +346,12 @@ class Drones:
         """One step of flight at four constant rotor speeds rpm ([4, N, B], not checked)."""
         p, q, v, w = state.position.unbind(), state.quaternion.unbind(), state.velocity.unbind(), state.rates.unbind()
         memory, dt = state.memory.unbind(), 1 / self.physics_hz
-        f0, f1, f2, f3 = (r * r for r in rpm)
-        lift = self.kf * (f0 + f1 + f2 + f3) / self.mass
+        # differences of squares as products: of equal rotors they are exactly 0, also where a compiler fuses products
+        # and sums; otherwise the direction of the angular velocity, which is observed, is that of a rounding error
+        d02, d13, d10, d32 = ((rpm[i] - rpm[j]) * (rpm[i] + rpm[j]) for i, j in ((0, 2), (1, 3), (1, 0), (3, 2)))
+        lift = self.kf * sum(r * r for r in rpm) / self.mass
         arm = self.kf * ARM[self.physics]
-        roll, pitch = self.roll_sign * arm * (f0 + f1 - f2 - f3), arm * (f1 + f2 - f0 - f3)
-        yaw = self.km * (f1 + f3 - f0 - f2)
+        roll, pitch, yaw = self.roll_sign * arm * (d02 + d13), arm * (d13 - d02), self.km * (d10 + d32)
         # stacked, so that compiled code computes them once and not from the action in every substep, six times slower
         lift, roll, pitch, yaw = torch.stack((lift, roll, pitch, yaw))
         push = [0.0, 0.0, -self.gravity]
@@ -567,8 +570,8 @@ class Drones:
         if self.env_id == "hover_v0":
             terminated, truncated = self.ends(state)
             over = terminated | truncated
-            kept = {name: torch.where(over, getattr(state, name), value) for name, value in vars(new).items()}
-            new, reward = State(**kept | {"t": new.t}), torch.where(over, 0, reward)
+            kept = {name: torch.where(over, getattr(state, name), getattr(new, name)) for name in STANDS_STILL}
+            new, reward = dataclasses.replace(new, **kept), torch.where(over, 0, reward)
         terminated, truncated = self.ends(new)
         return new, self.observe(new), reward.T, terminated, truncated, info
 

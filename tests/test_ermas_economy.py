@@ -978,7 +978,7 @@ def test_a_stopped_run_goes_on(monkeypatch, capsys, tmp_path, uninterrupted, ite
 
 def test_two_ranks_train_one_policy(tmp_path):
     options = dict(phase_one_timesteps=800, phase_two_timesteps=800, warmup=0.0, checkpoint_interval=10**6)
-    options |= dict(eval_timesteps=1, eval_eta=(0.23,))  # episodes have 100 steps here
+    options |= dict(eval_timesteps=1, eval_eta=(0.23,), num_seeds=1)  # episodes have 100 steps here
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29539"]
     command = [*launch, str(ROOT / "ermas_economy.py"), f"--runs-dir={tmp_path}", *flags_of(**options)]
     finish(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
@@ -999,7 +999,7 @@ def test_means_over_the_ranks(monkeypatch):
     monkeypatch.setattr(script.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(script.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(script.dist, "all_reduce", lambda x: x.mul_(4))
-    close(script.average_ranks(torch.arange(3.0)), 2 * torch.arange(3.0))
+    close(script.average_ranks(torch.arange(3.0), torch.ones(2))[0], 2 * torch.arange(3.0))
     x = torch.randn(2, 5, 3)
     close(script.mean_and_square(x)[0], 2 * x.double().mean(1, keepdim=True))
     net = MLP(torch.zeros(2, 6, requires_grad=True), [2, 2])
