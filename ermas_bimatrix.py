@@ -378,7 +378,7 @@ def play(env, probs: list[Tensor], start: Tensor, action: Tensor) -> tuple[Tenso
     return torch.stack(states, -1), torch.stack(moves)
 
 
-compiled_play = torch.compile(play, fullgraph=True)  # at its first call
+compiled_play = torch.compile(play, fullgraph=True, options={"comprehensive_padding": False})  # at its first call
 
 
 def average_ranks(*tensors: Tensor) -> list[Tensor]:

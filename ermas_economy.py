@@ -800,7 +800,7 @@ def step_of(env, args: Args) -> Callable:
     if not args.compile:
         return env.step
     torch.compiler.reset()
-    return torch.compile(env.step, fullgraph=True, dynamic=False)
+    return torch.compile(env.step, fullgraph=True, dynamic=False, options={"comprehensive_padding": False})
 
 
 def start_memory(env, num_runs: int, args: Args) -> dict:

@@ -1245,7 +1245,8 @@ def main() -> None:
     if env.horizon % args.rollout_steps or (whole and env.horizon != args.rollout_steps):
         rule = "be" if whole else "divide"
         fail(f"--rollout-steps must {rule} the {env.horizon} steps of an episode, got {args.rollout_steps}")
-    compiled = partial(torch.compile, fullgraph=True, dynamic=False) if args.compile else lambda f: f
+    options = {"comprehensive_padding": False}  # with it gradients are wrong on GPUs (torch 2.11)
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False, options=options) if args.compile else lambda f: f
     if args.compile:
         torch._dynamo.config.recompile_limit = 32  # the step is compiled for each network and number of environments
     nets, optimizers = make_coma(env, args, state)

@@ -1116,7 +1116,8 @@ def main() -> None:
     samples = args.num_envs * env.horizon
     if samples % args.num_minibatches:
         fail(f"--num-minibatches must divide the {samples} steps of an iteration, got {args.num_minibatches}")
-    compiled = partial(torch.compile, fullgraph=True, dynamic=False) if args.compile else lambda f: f
+    options = {"comprehensive_padding": False}  # with it gradients are wrong on GPUs (torch 2.11)
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False, options=options) if args.compile else lambda f: f
     nets, optimizer = make_mappo(env, args, state)
     run_dir = run_dir or make_run_dir(args)
     wandb_runs = [] if args.evaluate else start_wandb(args, run_dir, run_labels(args))

@@ -975,7 +975,8 @@ def make_mean_field(env, args: Args, state: dict | None = None) -> tuple[Nets, d
 
 def train(env, nets, optimizers, args: Args, run_dir: Path, wandb_runs: list, state: dict | None = None) -> bool:
     """Train from the start or from `state`, a checkpoint. False: Ctrl-C or SIGTERM ended it, after a checkpoint."""
-    compiled = partial(torch.compile, fullgraph=True) if args.compile else lambda f: f
+    options = {"comprehensive_padding": False}  # with it gradients are wrong on GPUs (torch 2.11)
+    compiled = partial(torch.compile, fullgraph=True, options=options) if args.compile else lambda f: f
     env_step = compiled(env.step)
     # on CPUs torch.compile (2.13) gets the gradient through the unrolled attack wrong
     exact = env.device.type == "cuda" or not (args.regularized or args.mean_action_epsilon > 0)

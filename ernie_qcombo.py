@@ -1117,7 +1117,8 @@ def main() -> None:
         fail(f"--global-q must be action_in with more than 12 lights, got joint with {env.num_agents}")
     if args.global_q == "action_in" and args.regularize != "local" and args.divergence != "l2":
         fail(f"--divergence must be l2 where a global Q of one output is regularised, got {args.divergence!r}")
-    compiled = partial(torch.compile, fullgraph=True, dynamic=False) if args.compile else lambda f: f
+    options = {"comprehensive_padding": False}  # with it gradients are wrong on GPUs (torch 2.11)
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False, options=options) if args.compile else lambda f: f
     if args.compile:
         torch._dynamo.config.recompile_limit = 32  # the step is compiled for each network and number of environments
     nets, optimizer = make_q(env, args, state)

@@ -1,29 +1,39 @@
-"""The papers' robustness figures, from training to picture. Each run is a Ray task, on a laptop as on a cluster.
+"""The papers' figures and tables, from training to picture and verdict. Each run is a Ray task, on a laptop as on a
+cluster whose machines share `--runs-dir`.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/reproduce.py particle                       # ERNIE, Figures 3 and 9: MADDPG, observation noise
-    python benchmarks/reproduce.py drones                         # ERNIE, Figure 6: MAPPO, observation noise
-    python benchmarks/reproduce.py meanfield                      # ERNIE, Figure 4: mean-field MADDPG, N = 3 to 30
-    python benchmarks/reproduce.py traffic                        # ERNIE, Figures 1, 2, 5 and Tables 3, 4: QCOMBO
-    python benchmarks/reproduce.py traffic --algorithm coma       # ERNIE, Figure 7 and Tables 2, 3, 4: COMA
-    python benchmarks/reproduce.py ladder --sumo                  # traffic: simple controllers, in SUMO too
-    python benchmarks/reproduce.py traffic-in-sumo                # the runs of `traffic` driven in SUMO
-    python benchmarks/reproduce.py economy                        # ERMAS, Figure 6: taxes under other risk aversion
-    python benchmarks/reproduce.py particle --ray-address auto    # the same on a Ray cluster
+    python benchmarks/reproduce.py --figure ernie-3                        # trains what is missing, draws, judges
+    python benchmarks/reproduce.py --table ernie-2 --figure ermas-6
+    python benchmarks/reproduce.py --all --quick                           # all of it in small: does everything run?
+    python benchmarks/reproduce.py --study drones --gpus-per-run 0.25      # four runs share a GPU
+    python benchmarks/reproduce.py --extra ladder --sumo                   # traffic: simple controllers, in SUMO too
+    python benchmarks/reproduce.py --extra in-sumo                         # the trained lights driven in SUMO
+    python benchmarks/reproduce.py --all --ray-address auto                # on a Ray cluster
 
-`particle`, `drones` and `meanfield`: every method gets the same grid of (epsilon, lambda), or alpha for M3DDPG. Chosen
-is the point with the highest return, averaged over the clean environment and all strengths of Gaussian noise and of the
-MAD attack, on the seeds of `--select-seeds` (`meanfield`: with the fewest agents); the figures come from other seeds,
-`--seeds`. `traffic`: lambda was chosen on seeds 1 to 3, the figures come from `--seeds`. A run that is already in
-`--runs-dir` is not run again.
+A study is a script, its methods and their flags. Where a method has several points of (epsilon, lambda), or of alpha
+for M3DDPG, all methods as many, the point is chosen that has the highest mean over the clean environment and all
+strengths of the perturbations shown, on seeds of its own. A study leaves in `--results-dir`
+
+    STUDY.csv             a row per script, environment, method, perturbation, level and seed
+    STUDY_summary.csv     mean with 95% t-interval, interquartile mean with 95% bootstrap interval, worst seed, and the
+                          difference to the study's first method, paired by seed
+    STUDY.png             mean against level for every perturbation shown, and performance profiles
+    verdicts.csv          the paper's claims, the paired differences behind them, and what they say
+
+A finished run is found in `--runs-dir` and not run again; one that was killed goes on from its last checkpoint. A run
+that fails is reported at the end and left out; the others go on.
 """
 
 import csv
+import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -40,485 +50,574 @@ import ernie_qcombo
 from envs import traffic as streets
 
 ROOT = Path(__file__).resolve().parents[1]
+Rows = list[dict]
+Table = dict[tuple[str, str, str], np.ndarray]  # (agent, perturbation, level) -> value of each seed
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs behind figures and tables of a paper, what is shown of them, and what the paper claims."""
+
+    script: str
+    text: str
+    """the paper's claim in words"""
+    methods: dict[str, tuple[str, ...]]
+    """flags of each point of a method's grid"""
+    flags: str = ""
+    """of every run"""
+    quick: str = ""
+    """flags that make a run short, for --quick"""
+    select: str = ""
+    """flags of the runs that choose a point of a grid"""
+    shown: tuple[str, ...] = ("gaussian", "mad")
+    """perturbations of the picture and the choice"""
+    claims: tuple[tuple[str, str], ...] = (("stackelberg", "none"),)
+    """(method, a worse one) under every perturbation shown"""
+    percentiles: tuple[tuple[str, str], ...] = ()
+    """(perturbation, level): the seeds' values in order, a picture of its own"""
+    seeds: tuple[int, int] = (1, 5)
+    select_seeds: tuple[int, int] = (101, 102)
+    scripts: dict[str, str] = field(default_factory=dict)
+    """of methods that another script has"""
+    result: str = "robustness.csv"
+    value: str = "return"
+    level: str = "strength"
+    first: str = ""
+    """method whose run the others continue, with flags `reuse`"""
+    reuse: str = ""
+    label: Callable[[dict], str] | None = None
+    """method of a row, where one run holds several methods"""
+    picture: str = ""
+    """the script's own picture in place of ours"""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Studies
+
+
+def grids_of(*points: tuple[float, float], modes=("gaussian", "adversarial", "stackelberg")) -> dict:
+    """The plain algorithm, and each regulariser at points (epsilon, lambda)."""
+    grid = [f"--epsilon={epsilon} --reg-coef={coef}" for epsilon, coef in points]
+    return {"none": ("--regularizer=none",)} | {m: tuple(f"--regularizer={m} {p}" for p in grid) for m in modes}
+
+
+PARTICLE = partial(
+    Study,
+    script="ernie_maddpg.py",
+    methods=grids_of((0.3, 0.02), (0.5, 0.1), modes=("gaussian", "random", "adversarial", "stackelberg"))
+    | {"m3ddpg": tuple(f"--regularizer=none --minimax-epsilon={alpha}" for alpha in (0.01, 0.1))},
+    quick="--total-timesteps=8000 --eval-episodes=10",
+    select="--eval-episodes=100",
+    claims=(("stackelberg", "none"), ("stackelberg", "adversarial"), ("stackelberg", "gaussian"), ("m3ddpg", "none")),
+)
+PARTICLE_FLAGS = "--total-timesteps=200000 --batch-size=512 --reg-batch-size=128 --eval-episodes=200"
+PARTICLE_TEXT = (
+    "ERNIE is better than or level with MADDPG under observation noise; unrolling the attack is better than or "
+)
+PARTICLE_TEXT += "level with not unrolling it (Figure 9); M3DDPG gives some robustness"
+
+
+def crowd(num_agents: int) -> Study:
+    """Mean-field methods at the point of three that all of them chose with three agents, and MADDPG. Minibatches hold
+    as many samples of all agents for every N."""
+    flags = f"--num-agents={num_agents} --batch-size={1536 // num_agents} --total-timesteps=100000"
+    flags += " --steps-per-update=25 --attack-steps=1"
+    own = f" --reg-batch-size={max(8, 96 // num_agents)} --transport-steps=50 --eval-agents 3 6 15 30"
+    methods = grids_of((0.3, 1.0))
+    methods = {name: (points[0] + own,) for name, points in methods.items()}
+    if num_agents <= 15:
+        methods["maddpg"] = ("--regularizer=none",)
+    if num_agents <= 6:
+        methods["m3ddpg"] = ("--regularizer=none --minimax-epsilon=0.01",)
+    text = "ERNIE has a higher return than mean-field MADDPG and M3DDPG and falls more slowly with observation noise"
+    scripts = {name: "ernie_maddpg.py" for name in methods if name in ("maddpg", "m3ddpg")}
+    claims = (("stackelberg", "none"), ("stackelberg", "m3ddpg")) if num_agents <= 6 else (("stackelberg", "none"),)
+    quick = "--total-timesteps=8000 --eval-episodes=4"
+    return Study("ernie_meanfield.py", text, methods, flags, quick, claims=claims, scripts=scripts)
+
+
+WIDTH = "--regularizer=stackelberg --epsilon=0.3 --reg-coef=1.0 --reg-batch-size=32 --transport-steps=50"
+TRAFFIC_METHODS = {m: (f"--regularizer={m}",) for m in ("none", "gaussian", "adversarial", "stackelberg")}
+TRAFFIC = partial(
+    Study,
+    flags="--compile --eval-episodes=1 --eval-seconds=4000 --log-interval=64000",
+    quick="--total-timesteps=64000 --eval-seconds=200",
+    shown=("gaussian", "mad", "flip_one", "speed", "flow", "network"),
+    percentiles=(("clean", "0.0"), ("speed", "30.0"), ("gaussian", "1.0"), ("flip_each", "0.05")),
+    seeds=(101, 110),
+    value="reward",
+)
+SENSITIVITY = {"none": ("--regularizer=none",)}
+SENSITIVITY |= {f"epsilon_{e}": (f"--regularizer=stackelberg --epsilon={e}",) for e in (0.03, 0.1, 0.3, 1.0)}
+SENSITIVITY |= {f"attack_steps_{k}": (f"--regularizer=stackelberg --attack-steps={k}",) for k in (1, 3, 5)}
+
+
+def bimatrix_label(row: dict) -> str:
+    settings = [row["method"]]
+    settings += [f"epsilon {row['epsilon']}"] * (row["method"] == "ermas" and row["fixed_lambda"] == "False")
+    settings += [f"lambda {row['lambda_init']}"] * (row["fixed_lambda"] == "True")
+    settings += [f"q {row['q_train']}"] * (row["method"] != "ermas")
+    settings += [f"beta {row['beta']}"] * (row["method"] == "ermas" and row["beta"] != "0.4")
+    return ", ".join(settings + ["shared rewards"] * (row["cross_terms"] == "True"))
+
+
+def bimatrix(number: int, text: str, flags: str = "", **options) -> Study:
+    options = {"result": "results.csv", "value": "eval/planner_reward", "level": "", "shown": ()} | options
+    methods, quick = {f"figure{number}": (f"--figure={number}",)}, "--num-iterations=20 --eval-iterations=10"
+    more = {"picture": "report.png", "label": bimatrix_label, "seeds": (1, 10)} | options
+    return Study("ermas_bimatrix.py", text, methods, flags, quick, **{"claims": ()} | more)
+
+
+STUDIES = {
+    "spread": PARTICLE(text=PARTICLE_TEXT, flags=f"--env-id=simple_spread_v3 {PARTICLE_FLAGS}"),
+    "tag": PARTICLE(text=PARTICLE_TEXT, flags=f"--env-id=simple_tag_v3 {PARTICLE_FLAGS}"),
+    "crypto": PARTICLE(text=PARTICLE_TEXT, flags=f"--env-id=simple_crypto_v3 {PARTICLE_FLAGS}"),
+    "drones": Study(
+        "ernie_mappo.py",
+        "ERNIE is more robust to observation noise than MAPPO, for both drones",
+        grids_of((0.3, 0.1), (1.0, 0.1), (1.0, 1.0)),
+        "--total-timesteps=500000 --compile",
+        "--total-timesteps=20000 --eval-episodes=4",
+    ),
+    **{f"meanfield_{n}": crowd(n) for n in (3, 6, 15, 30)},
+    "meanfield_widths": Study(
+        "ernie_meanfield.py",
+        "wider networks (128, 256 units) keep their return under strong noise better than narrow ones (32, 64)",
+        {f"{w}_units": (f"{WIDTH} --hidden-size={w} --eval-agents 3 6",) for w in (32, 64, 128, 256)},
+        "--num-agents=3 --batch-size=512 --total-timesteps=100000 --steps-per-update=25 --attack-steps=1",
+        "--total-timesteps=8000 --eval-episodes=4",
+        claims=(("256_units", "32_units"), ("128_units", "32_units")),
+    ),
+    "qcombo": TRAFFIC(
+        script="ernie_qcombo.py",
+        text="ERNIE has a more stable reward than QCOMBO on each change of the environment, ERNIE-A under changed "
+        "actions; without unrolling the attack it is worse; Gaussian noise helps against noise only",
+        methods=TRAFFIC_METHODS
+        | {
+            "ernie_a": ("--regularizer=none --action-reg-coef=1",),
+            "raw_gaussian": ("--regularizer=gaussian --epsilon-units=raw",),
+            "raw_stackelberg": ("--regularizer=stackelberg --epsilon-units=raw",),
+        },
+        claims=(("stackelberg", "none"), ("stackelberg", "adversarial"), ("ernie_a", "none")),
+    ),
+    "qcombo_sensitivity": TRAFFIC(
+        script="ernie_qcombo.py",
+        text="all values of epsilon and of K are better than the baseline on changed speeds (Figures 5c and 5d)",
+        methods=SENSITIVITY,
+        flags="--compile --eval-episodes=1 --eval-seconds=1000 --log-interval=64000",
+        shown=("speed", "gaussian"),
+        claims=tuple((name, "none") for name in SENSITIVITY if name != "none"),
+        percentiles=(),
+        seeds=(101, 103),
+    ),
+    "coma": TRAFFIC(
+        script="ernie_coma.py",
+        text="ERNIE and ERNIE without unrolling are better than COMA in all changed environments",
+        methods=TRAFFIC_METHODS,
+        claims=(("stackelberg", "none"), ("adversarial", "none")),
+    ),
+    "bimatrix_3": bimatrix(3, "as epsilon grows the planner's reward falls and the agents' regret rises"),
+    "bimatrix_4": bimatrix(4, "no fixed lambda reaches these equilibria; very small and very large beta fail"),
+    "bimatrix_5": bimatrix(
+        5,
+        "ERMAS is at least as good as MARL trained at Q = 0.5; domain randomization and risk aversion give little",
+        "--epsilon 0.1 0.15 0.2 0.3",
+        result="test_games.csv",
+        value="planner_reward",
+        level="q",
+        shown=("q",),
+        claims=tuple(("ermas, epsilon 0.2", other) for other in ("marl, q 0.0", "marl, q 0.5", "risk, q 0.0")),
+        seeds=(11, 20),
+    ),
+    "economy": Study(
+        "ermas_economy.py",
+        "ERMAS has a higher welfare than the AI Economist (MARL), Saez and US federal rates at every eta of new agents",
+        {m: (f"--method={m}",) for m in ("free-market", "us-federal", "saez", "marl", "ermas")},
+        "--compile",
+        "--phase-one-timesteps=12800 --phase-two-timesteps=12800 --eval-timesteps=12800 --eval-episodes=64",
+        shown=("eta",),
+        claims=(("ermas", "marl"), ("ermas", "saez"), ("ermas", "us-federal")),
+        seeds=(1, 3),
+        result="welfare.csv",
+        value="welfare",
+        level="eta",
+        first="free-market",
+        reuse="--warm-start={folder} --eval-agents={folder}/test_agents.pt",
+    ),
+}
+PARTICLES, CROWDS = ("spread", "tag", "crypto"), tuple(name for name in STUDIES if name.startswith("meanfield"))
+FIGURES = {
+    **{f"ernie-{k}": ("qcombo",) for k in (1, 2)},
+    **{f"ernie-{k}": PARTICLES for k in (3, 9)},
+    "ernie-4": CROWDS,
+    "ernie-5": ("qcombo", "qcombo_sensitivity"),
+    "ernie-6": ("drones",),
+    "ernie-7": ("coma",),
+    **{f"ermas-{k}": (f"bimatrix_{k}",) for k in (3, 4, 5)},
+    "ermas-6": ("economy",),
+}
+TABLES = {"ernie-2": ("coma",), "ernie-3": ("qcombo", "coma"), "ernie-4": ("qcombo", "coma")}
 
 
 @dataclass
-class Where:
+class Args:
+    figure: tuple[Literal[tuple(FIGURES)], ...] = ()
+    """figures of the papers (ERNIE's Figures 1 to 7 and 9, ERMAS's 3 to 6)"""
+    table: tuple[Literal[tuple(TABLES)], ...] = ()
+    """tables of the ERNIE paper (1 lists the flows that envs/traffic.py has)"""
+    study: tuple[Literal[tuple(STUDIES)], ...] = ()
+    """studies by name"""
+    extra: tuple[Literal["ladder", "in-sumo"], ...] = ()
+    """beyond the papers: what simple controllers of traffic lights get; the trained lights driven in SUMO"""
+    all: bool = False
+    """all figures and tables"""
+    quick: bool = False
+    """short runs of two seeds, results in a folder `quick`: to see that everything works, not for figures"""
+    seeds: tuple[int, int] | None = None
+    """first and last seed instead of the studies' own"""
+    sumo: bool = False
+    """--extra ladder: in SUMO too"""
+    episodes: int = 10
+    """--extra ladder: episodes of each controller"""
     runs_dir: Path = ROOT / "runs" / "reproduce"
-    """folder of the runs"""
+    """folder of the runs; on a cluster one that all machines see"""
     results_dir: Path = ROOT / "benchmarks" / "results"
     """folder of the small CSV files and pictures"""
     ray_address: str | None = None
     """address of a Ray cluster; default: this machine"""
+    cpus_per_run: float = 1.0
+    """CPUs that a run takes"""
+    gpus_per_run: float = 0.0
+    """GPUs that a run takes, 0.25 for a quarter of one"""
 
 
-def run(command: list[str], found: tuple[Path, str]) -> Path:
-    """Run a script unless its result is there: the newest file of that pattern in a folder."""
-    folder, pattern = found
-    if not list(folder.glob(pattern)):
-        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
-    return max(folder.glob(pattern))
+# --------------------------------------------------------------------------------------------------------------------
+# Runs
 
 
-def remote(where: Where):
-    """`run` as a Ray task."""
-    import ray
-
-    where.results_dir.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the runs on a machine with other work
-    ray.init(address=where.ray_address, log_to_driver=False)
-    return ray.remote(num_cpus=1)(run).remote, ray.get
+def end_with_parent() -> None:
+    """On Linux a run ends, with a checkpoint, when its Ray worker is killed: otherwise it would run twice."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def read(path: Path, policy=None, column="return", agent=None) -> dict[tuple[str, str], np.ndarray]:
-    """(perturbation, strength) -> value of each seed; of one policy or agent where the file has several."""
-    table = {}
+def run(command: list[str], runs_dir: Path, pattern: str, result: str) -> Path:
+    """Run a script unless its result is there; go on with a run that was killed. The path of the result.
+
+    Raises:
+        RuntimeError: the script failed; with the end of what it said
+    """
+    finished = list(runs_dir.glob(f"{pattern}/{result}"))
+    if not finished:
+        begun = sorted(path.parent for path in runs_dir.glob(f"{pattern}/checkpoint.pt"))
+        command = [command[0], f"--resume={begun[-1]}", "--no-track"] if begun else command
+        said = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, preexec_fn=end_with_parent, cwd=ROOT
+        )
+        if said.returncode:
+            raise RuntimeError((said.stderr.strip().splitlines() or ["nothing said"])[-1])
+        finished = list(runs_dir.glob(f"{pattern}/{result}"))
+    return max(finished)
+
+
+def merged(*flags: str) -> list[str]:
+    """Words of a command line in which a later flag replaces an earlier one of that name."""
+    found, name = {}, None
+    for word in " ".join(flags).split():
+        name = word.split("=")[0] if word.startswith("--") else name
+        found[name] = [word] if word.startswith("--") else [*found[name], word]
+    return [word for words in found.values() for word in words]
+
+
+@dataclass
+class Cluster:
+    """Ray, what runs on it and what went wrong."""
+
+    args: Args
+    failures: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        import ray
+
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the runs on a machine with other work
+        ray.init(address=self.args.ray_address, log_to_driver=False)
+        self.ray = ray
+        self.task = ray.remote(num_cpus=self.args.cpus_per_run, num_gpus=self.args.gpus_per_run, max_retries=5)(run)
+
+    def start(self, name: str, study: Study, method: str, flags: str, seeds: tuple[int, int], *more: str):
+        """The task of a run; its name is `name`, the study's and the method's."""
+        script = study.scripts.get(method, study.script)
+        seed_flags = f"--seed={seeds[0]} --num-seeds={seeds[1] - seeds[0] + 1}"
+        words = merged(study.flags, flags, *more, study.quick if self.args.quick else "", seed_flags)
+        name = "quick_" * self.args.quick + name
+        command = [str(ROOT / script), f"--exp-name={name}", *words, f"--runs-dir={self.args.runs_dir}", "--no-track"]
+        task = self.task.options(name=name)
+        return name, task.remote(command, self.args.runs_dir, f"*__{name}__{seeds[0]}__*", study.result)
+
+    def get(self, started) -> Path | None:
+        """The result of a run, None if it failed."""
+        name, reference = started
+        try:
+            return self.ray.get(reference)
+        except self.ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            self.failures.append(f"{name}: {cause}")
+            print(f"FAILED {self.failures[-1]}", file=sys.stderr, flush=True)
+            return None
+
+
+def train(name: str, cluster: Cluster) -> dict[str, tuple[str, Path]]:
+    """All runs of a study: method -> flags of its point of the grid, result."""
+    study, quick = STUDIES[name], cluster.args.quick
+    seeds = (1, 2) if quick else cluster.args.seeds or study.seeds
+    grids = {m: grid[:1] if quick else grid for m, grid in study.methods.items()}
+    pending = {
+        (m, k): cluster.start(f"{name}_{m}_select{k}", study, m, flags, study.select_seeds, study.select)
+        for m, grid in grids.items()
+        for k, flags in enumerate(grid)
+        if len(grid) > 1
+    }
+    reuse, chosen = "", {}
+    if study.first:
+        (flags,) = grids[study.first]
+        path = cluster.get(cluster.start(f"{name}_{study.first}", study, study.first, flags, seeds))
+        if path is None:
+            return {}
+        chosen[study.first], reuse = (flags, path), study.reuse.format(folder=path.parent)
+    final = {}
+    for method, grid in grids.items():
+        flags = grid[0]
+        if len(grid) > 1:
+            paths = [cluster.get(pending[method, k]) for k in range(len(grid))]
+            scores = [-np.inf if path is None else score(study, method, path) for path in paths]
+            flags = grid[int(np.argmax(scores))]
+            print(f"{name} {method}: {flags}  (scores: {', '.join(f'{s:.2f}' for s in scores)})", flush=True)
+        if method not in chosen:
+            final[method] = flags, cluster.start(f"{name}_{method}", study, method, flags, seeds, reuse)
+    paths = chosen | {method: (flags, cluster.get(started)) for method, (flags, started) in final.items()}
+    return {method: paths[method] for method in grids if paths[method][1] is not None}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def read(study: Study, method: str, flags: str, path: Path) -> Rows:
+    """A row per method, perturbation, level and seed of a run's result."""
+    rows = []
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            if policy in (None, row.get("policy")) and agent in (None, row.get("agent")):
-                table.setdefault((row["perturbation"], row["strength"]), []).append(float(row[column]))
-    return {key: np.array(values) for key, values in table.items()}
+            found = {"script": study.scripts.get(method, study.script), "env_id": row.pop("env_id", "")}
+            found["method"] = study.label(row) if study.label else method
+            policy = row.pop("policy", None)  # traffic: the trained lights, or a fixed cycle
+            if policy is not None and policy != dict(word.split("=") for word in flags.split())["--regularizer"]:
+                found["method"] = policy
+            found |= {"perturbation": row.pop("perturbation", study.level or "training")}
+            found |= {"level": row.pop(study.level, "0.0"), "seed": row.pop("seed")}
+            own = ("regularizer", "method", "standard_error", "episodes")
+            rows.append(found | {k: v for k, v in row.items() if k not in own})
+    return rows
+
+
+def table_of(rows: Rows, method: str, value: str) -> Table:
+    table = {}
+    for row in rows:
+        if row["method"] == method:
+            table.setdefault((row.get("agent", ""), row["perturbation"], row["level"]), {})[int(row["seed"])] = row[
+                value
+            ]
+    return {key: np.array([float(seeds[s]) for s in sorted(seeds)]) for key, seeds in table.items()}
+
+
+def cells(study: Study, table: Table, family: str) -> list[np.ndarray]:
+    """Values of each seed at every level of a perturbation; of agents taken together where there are rows of each."""
+    agents = {agent for agent, *_ in table}
+    return [v for (agent, f, _), v in table.items() if f == family and (agent == "mean" or "mean" not in agents)]
+
+
+def score(study: Study, method: str, path: Path) -> float:
+    """What the point of a grid is chosen by."""
+    table = table_of(read(study, method, "--regularizer=" + method, path), method, study.value)
+    return float(np.mean([v.mean() for family in ("clean", *study.shown) for v in cells(study, table, family)]))
 
 
 def interval(values: np.ndarray) -> float:
     """Half-width of the 95% t-interval of the mean over seeds."""
-    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else float("nan")
 
 
-def write(path: Path, columns: list[str], rows: list[list]) -> None:
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
+def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Mean of the middle half."""
+    return stats.trim_mean(values, 0.25, axis=axis)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# particle: ernie_maddpg.py
-
-SHOWN = {"gaussian": "standard deviation of Gaussian noise", "mad": "radius of worst-case observations (MAD)"}
-GRID = [f"--epsilon={epsilon} --reg-coef={coef}" for epsilon, coef in ((0.3, 0.02), (0.5, 0.1))]
-METHODS = {  # name: flags of each point of its grid
-    "none": ["--regularizer=none"],
-    "gaussian": [f"--regularizer=gaussian {point}" for point in GRID],
-    "random": [f"--regularizer=random {point}" for point in GRID],
-    "adversarial": [f"--regularizer=adversarial {point}" for point in GRID],
-    "stackelberg": [f"--regularizer=stackelberg {point}" for point in GRID],
-    "m3ddpg": [f"--regularizer=none --minimax-epsilon={alpha}" for alpha in (0.01, 0.1)],
-}
+def bootstrap(values: np.ndarray, statistic: Callable = iqm, repeats: int = 2000) -> tuple[float, float]:
+    """95% percentile interval of a statistic of [levels, seeds]: seeds are drawn again, within every level the same
+    ones, because a level's values are of the same trained policies."""
+    values = np.atleast_2d(values)
+    pick = np.random.default_rng(0).integers(values.shape[1], size=(repeats, values.shape[1]))
+    found = statistic(values[:, pick].swapaxes(0, 1).reshape(repeats, -1), axis=-1)
+    return tuple(np.quantile(found, (0.025, 0.975)).tolist())
 
 
-def score(path: Path, agent: str | None = None) -> float:
-    return float(np.mean([v.mean() for (f, _), v in read(path, agent=agent).items() if f in ("clean", *SHOWN)]))
+def summarise(study: Study, tables: dict[str, Table]) -> Rows:
+    """A row per method, agent, perturbation and level."""
+    rows, baseline = [], next(iter(tables))
+    for method, table in tables.items():
+        for (agent, family, level), values in table.items():
+            low, high = bootstrap(values)
+            other = tables[baseline].get((agent, family, level), np.array([]))
+            gain = values - other if len(other) == len(values) else np.array([np.nan])
+            rows.append(
+                {"method": method, "agent": agent, "perturbation": family, "level": level, "seeds": len(values)}
+                | {study.value: values.mean(), "interval95": interval(values)}
+                | {"iqm": iqm(values), "iqm_low": low, "iqm_high": high, "worst_seed": values.min()}
+                | {f"less_{baseline}": gain.mean(), f"less_{baseline}_interval95": interval(gain)}
+            )
+    return rows
 
 
-def grids_of(points: tuple[tuple[float, float], ...]) -> dict[str, list[str]]:
-    """The plain algorithm, and regularised ones at points (epsilon, lambda): flags of each point of a method's grid."""
-    grid = [f"--epsilon={epsilon} --reg-coef={coef}" for epsilon, coef in points]
-    modes = ("gaussian", "adversarial", "stackelberg")
-    return {"none": ["--regularizer=none"]} | {m: [f"--regularizer={m} {point}" for point in grid] for m in modes}
-
-
-def command_of(script: str, name: str, flags: str, seeds: tuple[int, int], total_timesteps: int, where: Where) -> list:
-    """Command of a run that leaves one checkpoint, at its end."""
-    command = [str(ROOT / script), f"--exp-name={name}", *flags.split(), f"--runs-dir={where.runs_dir}", "--no-track"]
-    command += [f"--seed={seeds[0]}", f"--num-seeds={seeds[1] - seeds[0] + 1}"]
-    return [*command, f"--total-timesteps={total_timesteps}", f"--checkpoint-interval={total_timesteps}"]
-
-
-def select_and_train(train, get, grids: dict[str, list[str]], seeds, select_seeds, prefix="", agent=None) -> dict:
-    """Every point of each method's grid on the selection seeds, then the best one on the others: method -> (flags,
-    result of the run). train(name, flags, seeds, selects) starts a run; results are read by `get`."""
-    pending = {
-        (method, i): train(f"{prefix}select_{method}_{i}", flags, select_seeds, True)
-        for method, grid in grids.items()
-        for i, flags in enumerate(grid)
-        if len(grid) > 1
-    }
-    final = {}
-    for method, grid in grids.items():
-        scores = [score(get(pending[method, i]), agent) if len(grid) > 1 else 0.0 for i in range(len(grid))]
-        flags = grid[int(np.argmax(scores))]
-        print(f"{prefix}{method:12s} {flags}  (grid: {', '.join(f'{s:.2f}' for s in scores)})", flush=True)
-        final[method] = flags, train(f"{prefix}final_{method}", flags, seeds, False)
-    return final
-
-
-def particle(
-    where: Where,
-    env_ids: tuple[str, ...] = ("simple_spread_v3", "simple_tag_v3", "simple_crypto_v3"),
-    seeds: tuple[int, int] = (1, 5),
-    select_seeds: tuple[int, int] = (101, 102),
-    total_timesteps: int = 200_000,
-    eval_episodes: int = 1000,
-) -> None:
-    """Return against observation noise for every method of ernie_maddpg.py.
-
-    Args:
-        env_ids: tasks
-        seeds: first and last seed of the figures
-        select_seeds: first and last seed on which each method's point of the grid is chosen
-        total_timesteps: environment steps of each run
-        eval_episodes: episodes of a seed at each point of the figures
-    """
-    start, get = remote(where)
-
-    def train(name: str, flags: str, seeds: tuple[int, int], selects: bool, task: str):
-        command = command_of("ernie_maddpg.py", name, flags, seeds, total_timesteps, where)
-        command += [f"--env-id={task}", f"--eval-episodes={100 if selects else eval_episodes}"]
-        command += ["--batch-size=512", "--reg-batch-size=128"]
-        return start(command, (where.runs_dir, f"{task}__{name}__{seeds[0]}__*/robustness.csv"))
-
-    final = {}
-    for task in env_ids:
-        found = select_and_train(partial(train, task=task), get, METHODS, seeds, select_seeds)
-        final |= {(task, method): run for method, run in found.items()}
+def judge(name: str, study: Study, tables: dict[str, Table]) -> Rows:
+    """What paired differences between two methods, mean over the levels of a perturbation, say of the claims."""
     rows = []
-    for (task, method), (flags, path) in final.items():
-        for (family, strength), values in read(get(path)).items():
-            rows.append([task, method, flags, family, strength, values.mean(), interval(values), len(values)])
-    columns = ["env_id", "method", "flags", "perturbation", "strength", "return", "interval95", "seeds"]
-    write(where.results_dir / "particle.csv", columns, rows)
-    for task in env_ids:
-        tables = {m: read(get(path)) for (t, m), (_, path) in final.items() if t == task}
-        plot_particle(task, tables, where.results_dir)
+    for better, worse in study.claims:
+        for family in ("clean", *study.shown):
+            if better not in tables or worse not in tables:
+                continue
+            pairs = [cells(study, tables[method], family) for method in (better, worse)]
+            if not pairs[0] or {v.shape for v in pairs[0]} != {v.shape for v in pairs[1]}:
+                continue
+            gains = np.array(pairs[0]) - np.array(pairs[1])  # [levels, seeds]
+            mean, half, (low, high) = gains.mean(), interval(gains.mean(0)), bootstrap(gains)
+            verdict = "better" if mean > half else "worse" if mean < -half else "no difference"
+            row = {"study": name, "method": better, "compared_with": worse, "perturbation": family, "mean": mean}
+            row |= {"interval95": half, "iqm": iqm(gains.reshape(-1)), "iqm_low": low, "iqm_high": high}
+            rows.append(row | {"seeds": gains.shape[1], "verdict": verdict})
+    return rows
 
 
-def plot_particle(task: str, tables: dict[str, dict], folder: Path) -> None:
-    """Return against strength, one panel per perturbation, one line per method with its 95% band over seeds."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    for axis, (family, label) in zip(figure.subplots(1, len(SHOWN), sharey=True), SHOWN.items()):
-        for method, table in tables.items():
-            points = [(float(s), v) for (f, s), v in table.items() if f == family or f == "clean"]
-            strength, mean = [s for s, _ in points], np.array([v.mean() for _, v in points])
-            half = np.array([interval(v) for _, v in points])
-            color = f"C{list(METHODS).index(method)}"  # the same in every figure
-            axis.plot(strength, mean, marker="o", markersize=3, label=method, color=color)
-            axis.fill_between(strength, mean - half, mean + half, color=color, alpha=0.12)
-        axis.set_xlabel(label)
+def write(path: Path, rows: Rows) -> None:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw(name: str, study: Study, tables: dict[str, Table], path: Path) -> None:
+    """Mean and 95% interval against the level of every perturbation shown, and the performance profile: the share of
+    seeds and levels, perturbed ones, at which a method has at least this value."""
+    tables = {method: table for method, table in tables.items() if method != "fixed_time"}
+    every = next(iter(tables.values()))
+    agents = [a for a in dict.fromkeys(agent for agent, *_ in every) if a != "mean"] or [""]
+    families = [family for family in study.shown if any(f == family for _, f, _ in every)]
+    panels = [(agent, family) for agent in agents for family in families]
+    down = -(-(len(panels) + 1) // 4)
+    across = -(-(len(panels) + 1) // down)
+    figure = Figure(figsize=(4.6 * across, 3.6 * down), layout="constrained")
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    for axis, (agent, family) in zip(axes, panels):
+        for k, (method, table) in enumerate(tables.items()):
+            points = {level: v for (a, f, level), v in table.items() if a == agent and f in ("clean", family)}
+            shift = 0.05 * (k - (len(tables) - 1) / 2)
+            x, halves = np.arange(len(points)) + shift, [interval(v) for v in points.values()]
+            line = "o" if family in ("flow", "network") else "o-"
+            axis.errorbar(x, [v.mean() for v in points.values()], halves, fmt=line, ms=3, capsize=2, label=method)
+        axis.set_xticks(
+            range(len(points)), ["clean" if x == "0.0" and family != "q" else x for x in points], fontsize=8
+        )
+        axis.set(title=f"{family} {agent}".strip(), ylabel=study.value)
         axis.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("return of the cooperating agents")
-    figure.axes[0].legend(fontsize=8)
-    figure.suptitle(f"{task}: mean and 95% interval over {len(next(iter(next(iter(tables.values())).values())))} seeds")
-    figure.savefig(folder / f"particle_{task}.png", dpi=120)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# drones: ernie_mappo.py
-
-DRONE_METHODS = grids_of(((0.3, 0.1), (1.0, 0.1), (1.0, 1.0)))
-
-
-def drones(
-    where: Where,
-    seeds: tuple[int, int] = (1, 5),
-    select_seeds: tuple[int, int] = (101, 102),
-    total_timesteps: int = 500_000,
-) -> None:
-    """Return of leader and follower against observation noise for every method of ernie_mappo.py.
-
-    Args:
-        seeds: first and last seed of the figures
-        select_seeds: first and last seed on which each method's point of the grid is chosen
-        total_timesteps: environment steps of each run
-    """
-    start, get = remote(where)
-
-    def train(name: str, flags: str, seeds: tuple[int, int], selects: bool):
-        command = [*command_of("ernie_mappo.py", name, flags, seeds, total_timesteps, where), "--compile"]
-        return start(command, (where.runs_dir, f"leader_follower_v0__{name}__{seeds[0]}__*/robustness.csv"))
-
-    final = select_and_train(train, get, DRONE_METHODS, seeds, select_seeds, "drones_", "mean")
-    rows, agents = [], ("leader_0", "follower_0")
-    for method, (flags, path) in final.items():
-        for agent in (*agents, "mean"):
-            for (family, strength), values in read(get(path), agent=agent).items():
-                rows.append([method, flags, agent, family, strength, values.mean(), interval(values), len(values)])
-    columns = ["method", "flags", "agent", "perturbation", "strength", "return", "interval95", "seeds"]
-    write(where.results_dir / "drones.csv", columns, rows)
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    for axis, (agent, family) in zip(figure.subplots(2, 2).flat, [(a, f) for a in agents for f in SHOWN]):
-        for method, (_, path) in final.items():
-            table = read(get(path), agent=agent)
-            points = [(float(s), v) for (f, s), v in table.items() if f in ("clean", family)]
-            means, halves = [v.mean() for _, v in points], [interval(v) for _, v in points]
-            axis.errorbar(range(len(points)), means, halves, marker="o", markersize=3, capsize=3, label=method)
-            axis.set_xticks(range(len(points)), [f"{s:g}" for s, _ in points])
-        axis.set(xlabel=SHOWN[family], ylabel=f"return, {agent}")
-        axis.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8)
-    figure.suptitle(f"leader_follower_v0: mean and 95% interval over {seeds[1] - seeds[0] + 1} seeds")
-    figure.savefig(where.results_dir / "drones.png", dpi=110)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# meanfield: ernie_meanfield.py
-
-MEAN_FIELD_METHODS = grids_of(((0.1, 0.1), (0.3, 0.1), (0.3, 1.0)))
-MADDPG = {  # ernie_maddpg.py: flags, largest number of agents
-    "maddpg": ("--regularizer=none", 15),
-    "m3ddpg": ("--regularizer=none --minimax-epsilon=0.01", 6),
-}
-
-
-def meanfield(
-    where: Where,
-    agents: tuple[int, ...] = (3, 6, 15, 30),
-    widths: tuple[int, ...] = (32, 64, 128, 256),
-    seeds: tuple[int, int] = (1, 5),
-    select_seeds: tuple[int, int] = (101, 102),
-    total_timesteps: int = 100_000,
-) -> None:
-    """Return against observation noise for several numbers of agents and, with the first of them, widths.
-
-    Args:
-        agents: numbers of agents; MADDPG up to 15, M3DDPG up to 6
-        widths: hidden units (Figure 4d)
-        seeds: first and last seed of the figures
-        select_seeds: first and last seed on which each method's point of the grid is chosen, with the fewest agents
-        total_timesteps: environment steps of each run
-    """
-    start, get = remote(where)
-
-    def train(name: str, flags: str, seeds: tuple[int, int], selects=False, count=agents[0], script="meanfield"):
-        name = f"{name}_{count}"
-        command = command_of(f"ernie_{script}.py", name, flags, seeds, total_timesteps, where)
-        command += [
-            f"--num-agents={count}",
-            f"--batch-size={1536 // count}",
-        ]  # samples of all agents: as many for all N
-        command += ["--steps-per-update=25", "--log-interval=20000", "--attack-steps=1"]
-        if script == "meanfield":
-            transfer = [f"--eval-agents={n}" if k == 0 else str(n) for k, n in enumerate(agents)]
-            command += [f"--reg-batch-size={max(8, 96 // count)}", "--transport-steps=50", *transfer]
-        return start(command, (where.runs_dir, f"simple_spread_v3__{name}__{seeds[0]}__*/robustness.csv"))
-
-    chosen = select_and_train(train, get, MEAN_FIELD_METHODS, seeds, select_seeds, "meanfield_")
-    runs = {(m, agents[0], 64): run for m, run in chosen.items()}
-    for count in agents[1:]:
-        for method, (flags, _) in chosen.items():
-            runs[method, count, 64] = flags, train(f"meanfield_final_{method}", flags, seeds, count=count)
-    for method, (flags, most) in MADDPG.items():
-        for count in (n for n in agents if n <= most):
-            runs[method, count, 64] = flags, train(f"{method}_final", flags, seeds, count=count, script="maddpg")
-    for method, (flags, _) in chosen.items():
-        for width in (w for w in widths if w != 64 and method in ("none", "stackelberg")):
-            wide = f"{flags} --hidden-size={width}"
-            runs[method, agents[0], width] = flags, train(f"meanfield_width{width}_{method}", wide, seeds)
-    tables, rows = {}, []
-    for (method, count, width), (flags, path) in runs.items():
-        table = tables[method, count, width] = read(get(path))
-        for point, values in table.items():
-            rows.append([count, method, width, flags, *point, values.mean(), interval(values), len(values)])
-    columns = ["num_agents", "method", "hidden_size", "flags", "perturbation", "strength", "return", "interval95"]
-    write(where.results_dir / "meanfield.csv", [*columns, "seeds"], rows)
-    plot_meanfield(tables, agents, widths, where.results_dir / "meanfield.png")
-
-
-def plot_meanfield(tables: dict[tuple, dict], agents: tuple[int, ...], widths: tuple[int, ...], path: Path) -> None:
-    """Return against noise (above) and against worst-case observations (below) for each N and for each width."""
-    names, titles = [*MEAN_FIELD_METHODS, *MADDPG], [f"N = {n}" for n in agents]
-    titles += [f"width, N = {agents[0]}"] * (len(widths) > 1)
-    figure = Figure(figsize=(4.5 * len(titles), 7), layout="constrained")
-    axes = figure.subplots(2, len(titles), squeeze=False)
-    for row, (family, label) in zip(axes, SHOWN.items()):
-        panels = [{m: tables[m, n, 64] for m in names if (m, n, 64) in tables} for n in agents]
-        panels.append({f"stackelberg, {w} units": tables["stackelberg", agents[0], w] for w in widths})
-        for axis, panel, title in zip(row, panels, titles):
-            for k, (name, table) in enumerate(panel.items()):
-                points = [(float(s), v) for (f, s), v in table.items() if f in ("clean", family)]
-                means, halves = [v.mean() for _, v in points], [interval(v) for _, v in points]
-                color = f"C{names.index(name) if name in names else k + len(names)}"
-                x = np.arange(len(points)) + 0.04 * (k - len(panel) / 2)
-                axis.errorbar(x, means, halves, marker="o", ms=3, capsize=2, label=name, color=color)
-                axis.set_xticks(range(len(points)), [f"{s:g}" for s, _ in points])
-            axis.set(title=title, xlabel=label)
-            axis.grid(alpha=0.3)
-    for axis in (axes[0, 0], axes[0, -1]):
-        axis.legend(fontsize=8)
-    figure.supylabel("return of an agent")
+    profile = axes[len(panels)]
+    for method, table in tables.items():
+        values = np.sort(np.concatenate([v for family in families for v in cells(study, table, family)]))
+        profile.step(values, 1 - np.arange(len(values)) / len(values), where="post", label=method)
+    profile.set(title="performance profile", xlabel=study.value, ylabel="share of seeds and levels at or above")
+    profile.grid(alpha=0.3)
+    profile.legend(fontsize=7)
+    for axis in axes[len(panels) + 1 :]:
+        axis.remove()
+    seeds = {len(v) for table in tables.values() for v in table.values()}
+    figure.suptitle(f"{name}: mean and 95% interval over {max(seeds)} seeds")
     figure.savefig(path, dpi=100)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# traffic: ernie_qcombo.py and ernie_coma.py
-
-TRAINED = {  # method: flags
-    "none": "--regularizer=none",
-    "gaussian": "--regularizer=gaussian",
-    "adversarial": "--regularizer=adversarial",
-    "stackelberg": "--regularizer=stackelberg",
-    "ernie_a": "--regularizer=none --action-reg-coef=1",
-    "raw_gaussian": "--regularizer=gaussian --epsilon-units=raw",
-    "raw_stackelberg": "--regularizer=stackelberg --epsilon-units=raw",
-}
-QCOMBO_ONLY = ("ernie_a", "raw_gaussian", "raw_stackelberg")
-
-
-def policy_of(method: str) -> str:
-    """What robustness.csv calls the lights of this method: the regulariser."""
-    return TRAINED[method].split()[0].removeprefix("--regularizer=")
-
-
-STUDY = {  # hyper-parameter of Figures 5c and 5d: its values; at 0 the method is none
-    "epsilon": (0.0, 0.03, 0.1, 0.3, 1.0),
-    "attack_steps": (0, 1, 3, 5),
-}
-PANELS = {
-    "observation noise": [("clean", "0.0"), ("gaussian", "0.01"), ("gaussian", "0.1"), ("gaussian", "1.0")],
-    "worst-case observations": [("mad", "0.1"), ("mad", "0.3"), ("critic", "0.1"), ("critic", "0.3")],
-    "malicious actions": [(f, p) for f in ("flip_one", "flip_each", "worst_one") for p in ("0.03", "0.05")],
-    "speed (m/s)": [("speed", "30.0"), ("clean", "0.0"), ("speed", "40.0")],
-    "flow": [("flow", str(k)) for k in (1, 2, 3, 4, 5)],
-    "network": [("network", name) for name in ("irregular", "4x4", "6x6", "atlanta")],
-}
-
-
-def traffic_run(method: str, flags: str, seeds: tuple[int, int], seconds: int, where: Where, script="qcombo") -> tuple:
-    """Command and result of a run, evaluated for so many seconds after 1,000 s of random switching."""
-    method = method if script == "qcombo" else f"{script}_{method}"
-    command = [str(ROOT / f"ernie_{script}.py"), f"--exp-name={method}", *flags.split(), "--compile", "--no-track"]
-    command += [f"--seed={seeds[0]}", f"--num-seeds={seeds[1] - seeds[0] + 1}", f"--runs-dir={where.runs_dir}"]
-    command += ["--eval-episodes=1", f"--eval-seconds={seconds}", "--log-interval=64000"]
-    return command, (where.runs_dir, f"traffic_grid_v0__{method}__{seeds[0]}__*/robustness.csv")
-
-
-def traffic(
-    where: Where,
-    algorithm: Literal["qcombo", "coma"] = "qcombo",
-    seeds: tuple[int, int] = (101, 110),
-    study_seeds: tuple[int, int] = (101, 103),
-) -> None:
-    """Reward on changed speeds, flows, networks, observations and actions for every method of a traffic script.
-
-    Args:
-        algorithm: of ernie_qcombo.py or ernie_coma.py
-        seeds: first and last seed of the figures
-        study_seeds: first and last seed of the study of epsilon and K (QCOMBO)
-    """
-    start, get = remote(where)
-    methods = {m: flags for m, flags in TRAINED.items() if algorithm == "qcombo" or m not in QCOMBO_ONLY}
-    pending = {m: start(*traffic_run(m, flags, seeds, 4000, where, algorithm)) for m, flags in methods.items()}
-    study = {}
-    if algorithm == "qcombo":
-        study["none", 0] = start(*traffic_run("study_none", TRAINED["none"], study_seeds, 1000, where))
-        for name, value in ((name, value) for name, values in STUDY.items() for value in values if value):
-            flags = f"{TRAINED['stackelberg']} --{name.replace('_', '-')}={value}"
-            study[name, value] = start(*traffic_run(f"study_{name}_{value}", flags, study_seeds, 1000, where))
-    rows, tables = [], {}
-    for method, path in pending.items():
-        policy, path = policy_of(method), get(path)
-        tables[method], tables["fixed_time"] = (read(path, who, "reward") for who in (policy, "fixed_time"))
-        left, backlog = (read(path, policy, column) for column in ("left_per_minute", "backlog"))
-        for point, values in tables[method].items():
-            middle, fixed = stats.trim_mean(values, 0.25), tables["fixed_time"].get(point, [np.nan])[0]
-            row = [method, *point, values.mean(), interval(values), middle, values.min()]
-            rows.append([*row, left[point].mean(), backlog[point].mean(), fixed, len(values)])
-    columns = ["method", "perturbation", "strength", "reward", "interval95", "interquartile_mean", "worst_seed"]
-    stem = where.results_dir / ("traffic" if algorithm == "qcombo" else f"traffic_{algorithm}")
-    columns += ["left_per_minute", "backlog", "fixed_time", "seeds"]
-    write(stem.with_suffix(".csv"), columns, rows)
-    plot_traffic(tables, stem.with_suffix(".png"))
-    plot_percentiles(tables, stem.with_name(f"{stem.name}_percentiles.png"))
-    if study:
-        results = {key: read(get(path), "stackelberg" if key[1] else "none", "reward") for key, path in study.items()}
-        plot_study(results, where.results_dir)
-
-
-def plot_traffic(tables: dict[str, dict], path: Path) -> None:
-    """Mean reward of each method at each point with its 95% interval, a panel per kind of change."""
-    figure = Figure(figsize=(14, 7.5), layout="constrained")
-    for axis, (title, points) in zip(figure.subplots(2, 3).flat, PANELS.items()):
-        for x, point in enumerate(points):
-            for value in tables["fixed_time"].get(point, [])[:1]:
-                axis.plot([x - 0.4, x + 0.4], [value] * 2, color="gray", linestyle="--")
-        methods = [method for method in TRAINED if method in tables]
-        for k, method in enumerate(methods):
-            values = [tables[method][point] for point in points]
-            places = np.arange(len(points)) + (k - (len(methods) - 1) / 2) * min(0.14, 0.8 / len(methods))
-            halves = [interval(v) for v in values]
-            axis.errorbar(places, [v.mean() for v in values], halves, fmt="o", markersize=4, capsize=2, label=method)
-        names = [
-            s if f in ("speed", "flow", "network") else "clean" if f == "clean" else f"{f}\n{s}" for f, s in points
-        ]
-        axis.set_xticks(
-            range(len(points)), ["35" if n == "clean" and "speed" in title else n for n in names], fontsize=8
-        )
-        axis.set_title(title)
-        axis.grid(alpha=0.3)
-    figure.axes[0].plot([], [], color="gray", linestyle="--", label="fixed time, 27 s")
-    figure.axes[0].legend(fontsize=8)
-    figure.supylabel("reward of all lights in a second")
-    figure.savefig(path, dpi=110)
-
-
-def plot_percentiles(tables: dict[str, dict], path: Path) -> None:
-    """Sorted rewards of the seeds, as in Figures 5a and 5b."""
+def draw_percentiles(study: Study, tables: dict[str, Table], path: Path) -> None:
+    """The seeds' values in order, as in ERNIE's Figures 5a and 5b."""
     figure = Figure(figsize=(13, 3.8), layout="constrained")
-    points = [("clean", "0.0"), ("speed", "30.0"), ("gaussian", "1.0"), ("flip_each", "0.05")]
-    for axis, point in zip(figure.subplots(1, len(points)), points):
-        for method in (method for method in TRAINED if method in tables):
-            values = np.sort(tables[method][point])
-            axis.plot(
-                100 * (np.arange(len(values)) + 0.5) / len(values), values, marker="o", markersize=3, label=method
-            )
+    for axis, point in zip(figure.subplots(1, len(study.percentiles)), study.percentiles):
+        for method, table in tables.items():
+            values = np.sort(table.get(("", *point), np.array([])))
+            if method != "fixed_time":
+                x = 100 * (np.arange(len(values)) + 0.5) / len(values)
+                axis.plot(x, values, marker="o", markersize=3, label=method)
         axis.set(title=" ".join(point), xlabel="percentile of seeds")
         axis.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("reward of all lights in a second")
+    figure.axes[0].set_ylabel(study.value)
     figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
-def plot_study(results: dict[tuple, dict], folder: Path) -> None:
-    """Reward against epsilon and K, on changed speeds as in Figures 5c and 5d, and under noise."""
-    figure, rows = Figure(figsize=(11, 3.8), layout="constrained"), []
-    shown = [("clean", "0.0"), ("speed", "30.0"), ("speed", "40.0"), ("gaussian", "1.0"), ("flip_each", "0.05")]
-    for axis, (name, values) in zip(figure.subplots(1, 2, sharey=True), STUDY.items()):
-        for point in shown:
-            cells = [results[(name, value) if value else ("none", 0)][point] for value in values]
-            for value, cell in zip(values, cells):
-                rows.append([name, value, *point, cell.mean(), interval(cell), len(cell)])
-            means, halves = [c.mean() for c in cells], [interval(c) for c in cells]
-            axis.errorbar(range(len(values)), means, halves, marker="o", capsize=3, label=" ".join(point))
-        axis.set_xticks(range(len(values)), [f"{v:g}" for v in values])
-        axis.set_xlabel({"epsilon": "epsilon (standard deviations)", "attack_steps": "K, attack steps"}[name])
-        axis.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("reward of all lights in a second")
-    figure.axes[0].legend(fontsize=8)
-    figure.savefig(folder / "traffic_study.png", dpi=110)
-    columns = ["parameter", "value", "perturbation", "strength", "reward", "interval95", "seeds"]
-    write(folder / "traffic_study.csv", columns, rows)
+def report(name: str, found: dict[str, tuple[str, Path]], args: Args) -> None:
+    """Everything that a study leaves in the folder of results."""
+    study, folder = STUDIES[name], args.results_dir
+    every = {m: read(study, m, flags, path) for m, (flags, path) in found.items()}
+    methods = list(dict.fromkeys(row["method"] for rows in every.values() for row in rows))
+    first = next(iter(every))  # a fixed cycle of lights is in the results of every run
+    rows = [row for m, rows in every.items() for row in rows if row["method"] != "fixed_time" or m == first]
+    tables = {method: table_of(rows, method, study.value) for method in methods}
+    write(folder / f"{name}.csv", rows)
+    write(folder / f"{name}_summary.csv", summarise(study, tables))
+    if study.picture:
+        shutil.copy(next(iter(found.values()))[1].with_name(study.picture), folder / f"{name}.png")
+    else:
+        draw(name, study, tables, folder / f"{name}.png")
+    if study.percentiles:
+        draw_percentiles(study, tables, folder / f"{name}_percentiles.png")
+    verdicts, path = judge(name, study, tables), folder / "verdicts.csv"
+    print(f"\n{name}. The paper: {study.text}.")
+    for row in verdicts:
+        line = "  {method} less {compared_with}, {perturbation}: {mean:+.2f} ± {interval95:.2f}: {verdict}"
+        print(line.format_map(row), flush=True)
+    kept = []
+    if path.exists():
+        with open(path, newline="") as file:
+            kept = [row for row in csv.DictReader(file) if row["study"] != name]
+    if kept or verdicts:
+        write(path, sorted(kept + verdicts, key=lambda row: list(STUDIES).index(row["study"])))
 
 
-def traffic_in_sumo(
-    where: Where, methods: tuple[str, ...] = ("none", "stackelberg"), seeds: tuple[int, int] = (101, 110)
-) -> None:
-    """Drive the runs of `traffic` in SUMO, on all that changes the cars, and plot both rewards (needs SUMO).
+# --------------------------------------------------------------------------------------------------------------------
+# Beyond the papers: traffic lights
 
-    Args:
-        methods: whose runs
-        seeds: first and last seed of these runs
-    """
-    where.results_dir.mkdir(parents=True, exist_ok=True)
-    rows = []
+
+def in_sumo(args: Args, methods=("none", "stackelberg")) -> None:
+    """Drive the trained lights of `qcombo` in SUMO, on all that changes the cars, and plot both rewards."""
+    study, rows = STUDIES["qcombo"], []
+    seeds = args.seeds or study.seeds
     for method in methods:
-        policy = policy_of(method)
-        _, (folder, pattern) = traffic_run(method, "", seeds, 4000, where)
-        copy = where.runs_dir / f"in_sumo_{method}"
+        copy = args.runs_dir / f"in_sumo_{method}"
         copy.mkdir(exist_ok=True)
-        shutil.copy(max(folder.glob(pattern)).with_name("checkpoint.pt"), copy)
-        command = [str(ROOT / "ernie_qcombo.py"), f"--evaluate={copy}", "--eval-episodes=1", "--eval-seconds=1000"]
-        here = run(command, (copy, "robustness.csv"))
-        there = run([*command, "--backend=sumo"], (copy, "robustness_sumo.csv"))
-        for who, name in ((policy, method), ("fixed_time", "fixed_time")):
-            ours, theirs = read(here, who, "reward"), read(there, who, "reward")
-            for point, values in theirs.items():
-                halves = [interval(v) if len(v) > 1 else np.nan for v in (ours[point], values)]
-                rows.append([name, *point, ours[point].mean(), values.mean(), *halves])
-    columns = ["method", "perturbation", "strength", "torch", "sumo", "torch_interval95", "sumo_interval95"]
-    write(where.results_dir / "traffic_in_sumo.csv", columns, rows)
+        trained = max(args.runs_dir.glob(f"*__qcombo_{method}__{seeds[0]}__*/robustness.csv"))
+        shutil.copy(trained.with_name("checkpoint.pt"), copy)
+        command = [str(ROOT / study.script), f"--evaluate={copy}", "--eval-episodes=1", "--eval-seconds=1000"]
+        here = run(command, args.runs_dir, copy.name, "robustness.csv")
+        there = run([*command, "--backend=sumo"], args.runs_dir, copy.name, "robustness_sumo.csv")
+        flags = study.methods[method][0]
+        for who in (method, "fixed_time"):
+            ours, theirs = (table_of(read(study, method, flags, path), who, study.value) for path in (here, there))
+            for (_, *point), values in theirs.items():
+                pair = ours["", *point], values
+                row = {"method": who, "perturbation": point[0], "level": point[1]}
+                row |= {"torch": pair[0].mean(), "sumo": pair[1].mean()}
+                rows.append(row | {"torch_interval95": interval(pair[0]), "sumo_interval95": interval(pair[1])})
+    write(args.results_dir / "traffic_in_sumo.csv", rows)
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     axis = figure.add_subplot()
-    for name in dict.fromkeys(row[0] for row in rows):
-        axis.scatter(*-np.array([row[3:5] for row in rows if row[0] == name]).T, s=16, label=name)
-    every = np.array([row[3:5] for row in rows])
+    for name in dict.fromkeys(row["method"] for row in rows):
+        points = -np.array([[row["torch"], row["sumo"]] for row in rows if row["method"] == name])
+        axis.scatter(*points.T, s=16, label=name)
+    every = np.array([[row["torch"], row["sumo"]] for row in rows])
     low, high = -every.max() * 0.8, -every.min() * 1.25
     correlation = np.corrcoef(np.log(-every).T)[0, 1]
     axis.plot([low, high], [low, high], color="gray", linewidth=0.8)
@@ -530,7 +629,7 @@ def traffic_in_sumo(
         f"minus the reward of all lights in a second; correlation of logarithms {correlation:.3f}", fontsize=9
     )
     axis.legend(fontsize=8)
-    figure.savefig(where.results_dir / "traffic_in_sumo.png", dpi=110)
+    figure.savefig(args.results_dir / "traffic_in_sumo.png", dpi=110)
 
 
 CONTROLLERS = {
@@ -547,92 +646,49 @@ CONTROLLERS = {
 }
 
 
-def ladder(where: Where, episodes: int = 10, seconds: int = 4000, sumo: bool = False) -> None:
-    """What simple controllers get on the training flow, after 1,000 s of random switching.
-
-    Args:
-        episodes: episodes of each controller
-        seconds: seconds of an episode
-        sumo: in SUMO too
-    """
-    where.results_dir.mkdir(parents=True, exist_ok=True)
+def ladder(args: Args, seconds: int = 4000) -> None:
+    """What simple controllers get on the training flow, after 1,000 s of random switching."""
     torch.set_num_threads(1)
     rows = []
-    for backend in ("torch", "sumo") if sumo else ("torch",):
-        args = ernie_qcombo.Args(evaluate="none", backend=backend)
-        env = ernie_qcombo.make_traffic(args, episodes, torch.device("cpu"), warmup=1000, horizon=seconds)
+    for backend in ("torch", "sumo") if args.sumo else ("torch",):
+        options = ernie_qcombo.Args(evaluate="none", backend=backend)
+        env = ernie_qcombo.make_traffic(options, args.episodes, torch.device("cpu"), warmup=1000, horizon=seconds)
         step = env.step if backend == "sumo" else torch.compile(env.step, fullgraph=True, dynamic=False)
         for name, controller in CONTROLLERS.items():
             torch.manual_seed(0)
             generators = ernie_qcombo.make_generators(1, 1, "ladder", torch.device("cpu"))
             means = ernie_qcombo.simulate(env, step, lambda state, _: controller(env, state), generators)
-            values = [means[column].double().numpy() for column in ("reward", "left_per_minute", "backlog")]
-            rows.append([backend, name, values[0].mean(), interval(values[0]), *(v.mean() for v in values[1:])])
-            print(f"{backend:6s} {name:40s} {rows[-1][2]:9.1f} ± {rows[-1][3]:.1f}", flush=True)
-    columns = ["backend", "controller", "reward", "interval95", "left_per_minute", "backlog"]
-    write(where.results_dir / "traffic_ladder.csv", columns, rows)
+            values = {column: means[column].double().numpy() for column in ("reward", "left_per_minute", "backlog")}
+            row = {"backend": backend, "controller": name, "reward": values["reward"].mean()}
+            row |= {"interval95": interval(values["reward"]), "left_per_minute": values["left_per_minute"].mean()}
+            rows.append(row | {"backlog": values["backlog"].mean()})
+            print(f"{backend:6s} {name:40s} {row['reward']:9.1f} ± {row['interval95']:.1f}", flush=True)
+    write(args.results_dir / "traffic_ladder.csv", rows)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# economy: ermas_economy.py
-
-TAX_METHODS = ("free-market", "us-federal", "saez", "marl", "ermas")
-
-
-def economy(where: Where, seeds: tuple[int, int] = (1, 3)) -> None:
-    """Welfare against the risk aversion of new agents for every method of ermas_economy.py, on the tiny map.
-
-    Args:
-        seeds: first and last seed
-    """
-    start, get = remote(where)
-
-    def train(method: str, *reused: str):
-        command = [str(ROOT / "ermas_economy.py"), f"--method={method}", f"--exp-name=taxes_{method}", *reused]
-        command += [f"--seed={seeds[0]}", f"--num-seeds={seeds[1] - seeds[0] + 1}", f"--runs-dir={where.runs_dir}"]
-        found = where.runs_dir, f"economy_tiny_v0__taxes_{method}__{seeds[0]}__*/welfare.csv"
-        return start([*command, "--compile", "--no-track"], found)
-
-    first = train(TAX_METHODS[0])  # its agents at the end of phase one, in training and in the test, serve the others
-    agents = get(first).parent
-    reused = f"--warm-start={agents}", f"--eval-agents={agents / 'test_agents.pt'}"
-    pending, tables, rows = {m: train(m, *reused) for m in TAX_METHODS[1:]}, {}, []
-    for method, path in ({TAX_METHODS[0]: first} | pending).items():
-        with open(get(path), newline="") as file:
-            for row in csv.DictReader(file):
-                cells = tables.setdefault(method, {}).setdefault(float(row["eta"]), {})
-                for name in ("welfare", "equality", "productivity", "labor", "houses", "tax_rate"):
-                    cells.setdefault(name, []).append(float(row[name]))
-    for method, table in tables.items():
-        for eta, cells in table.items():
-            values = {name: np.array(value) for name, value in cells.items()}
-            gain = values["welfare"] - np.array(tables["marl"][eta]["welfare"])
-            figures = [f(value) for value in (*values.values(), gain) for f in (np.mean, interval)]
-            rows.append([method, eta, *figures, len(gain)])
-    columns = ["method", "eta", *(c for name in (*values, "more_than_marl") for c in (name, f"{name}_interval95"))]
-    write(where.results_dir / "economy.csv", [*columns, "seeds"], rows)
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    titles = {"welfare": "equality x productivity", "equality": "equality", "productivity": "productivity (coin)"}
-    for axis, (name, title) in zip(figure.subplots(1, 3), titles.items()):
-        for k, (method, table) in enumerate(tables.items()):
-            values = [np.array(cells[name]) for cells in table.values()]
-            x = np.arange(len(table)) + 0.06 * (k - 2)
-            axis.errorbar(x, [v.mean() for v in values], [interval(v) for v in values], fmt="o-", ms=3, label=method)
-        axis.set_xticks(range(len(table)), [f"{eta:g}" for eta in table])
-        axis.set(xlabel="eta of the new agents (training: 0.23)", title=title)
-        axis.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8)
-    figure.savefig(where.results_dir / "economy.png", dpi=110)
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    wanted = [FIGURES[f] for f in (FIGURES if args.all else args.figure)]
+    wanted += [TABLES[t] for t in (TABLES if args.all else args.table)] + [args.study]
+    names = list(dict.fromkeys(name for group in wanted for name in group))
+    if not names and not args.extra:
+        sys.exit("reproduce.py: error: nothing asked for: --figure, --table, --study, --extra or --all")
+    args.runs_dir = args.runs_dir.resolve()  # a task may start elsewhere
+    args.results_dir = args.results_dir / "quick" if args.quick else args.results_dir
+    args.results_dir.mkdir(parents=True, exist_ok=True)
+    failures = []
+    if names:
+        cluster = Cluster(args)
+        with ThreadPoolExecutor(len(names)) as pool:  # all runs of all studies are in the queue at once
+            for name, found in zip(names, pool.map(partial(train, cluster=cluster), names)):
+                if found:
+                    report(name, found, args)
+        failures = cluster.failures
+    for extra in args.extra:
+        {"ladder": ladder, "in-sumo": in_sumo}[extra](args)
+    if failures:
+        sys.exit("\n".join(["reproduce.py: these runs failed:", *failures]))
 
 
 if __name__ == "__main__":
-    commands = {
-        "particle": particle,
-        "drones": drones,
-        "meanfield": meanfield,
-        "traffic": traffic,
-        "traffic-in-sumo": traffic_in_sumo,
-        "ladder": ladder,
-        "economy": economy,
-    }
-    tyro.extras.subcommand_cli_from_dict(commands, config=(tyro.conf.OmitArgPrefixes,))
+    main()

@@ -1,0 +1,190 @@
+"""benchmarks/reproduce.py: runs that fail, die or are there already, and what is made of their results."""
+
+import csv
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import reproduce
+
+# A script with the interface of ours: a checkpoint, then (a while later) a result with a row per seed.
+SCRIPT = """
+import sys, time
+from pathlib import Path
+flags = dict(word.lstrip("-").split("=") for word in sys.argv[1:] if "=" in word)
+if "resume" in flags:
+    folder, name = Path(flags["resume"]), Path(flags["resume"]).name.split("__")[1]
+else:
+    name = flags["exp-name"]
+    folder = Path(flags["runs-dir"]) / f"toy__{name}__{flags['seed']}__{time.time_ns()}"
+    folder.mkdir(parents=True)
+with open(folder.parent / f"{name}.log", "a") as file:
+    file.write("resumed " if "resume" in flags else "begun ")
+(folder / "checkpoint.pt").touch()
+if flags.get("fails"):
+    sys.exit("toy.py: error: it fails")
+time.sleep(float(flags.get("sleep", 0)))
+rows = ["env_id,seed,perturbation,strength,return"]
+for seed in range(int(flags.get("seed", 1)), int(flags.get("seed", 1)) + int(flags.get("num-seeds", 5))):
+    for level in (0.0, 0.5, 1.0):
+        value = float(flags.get("gain", 0)) + seed - level
+        rows.append(f"toy,{seed},{'gaussian' if level else 'clean'},{level},{value}")
+(folder / "robustness.csv").write_text("\\n".join(rows))
+"""
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    (tmp_path / "toy.py").write_text(SCRIPT)
+    methods = {"none": ("",), "weak": ("--gain=1",), "chosen": ("--gain=0.5", "--gain=2", "--gain=1")}
+    claims = (("chosen", "none"), ("none", "weak"))
+    study = reproduce.Study(str(tmp_path / "toy.py"), "a claim", methods, shown=("gaussian",), claims=claims)
+    monkeypatch.setitem(reproduce.STUDIES, "toy", study)
+    return study
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    ray = pytest.importorskip("ray")
+    ray.cloudpickle.register_pickle_by_value(reproduce)  # workers do not have the tests' path
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    yield ray
+    ray.shutdown()
+
+
+def arguments(tmp_path, **options) -> reproduce.Args:
+    (tmp_path / "results").mkdir(exist_ok=True)
+    return reproduce.Args(runs_dir=tmp_path / "runs", results_dir=tmp_path / "results", **options)
+
+
+def rows_of(path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_later_flags_replace_earlier_ones():
+    words = reproduce.merged("--a=1 --eval-agents 3 6 --compile", "", "--b=2 --a=3", "--eval-agents 15")
+    assert words == ["--a=3", "--eval-agents", "15", "--compile", "--b=2"]
+
+
+def test_a_run_is_begun_resumed_and_then_left_alone(tmp_path, toy):
+    script, runs = toy.script, tmp_path / "runs"
+    command = [script, "--exp-name=x", "--seed=1", f"--runs-dir={runs}"]
+    task = command, runs, "*__x__1__*", "robustness.csv"
+    slow = subprocess.Popen([sys.executable, *command, "--sleep=60"])
+    while not list(runs.glob("*/checkpoint.pt")):
+        time.sleep(0.05)
+    slow.kill()
+    slow.wait()
+    found = reproduce.run(*task)
+    assert found.parent.parent == runs and (runs / "x.log").read_text() == "begun resumed "
+    assert reproduce.run(*task) == found and (runs / "x.log").read_text() == "begun resumed "
+    with pytest.raises(RuntimeError, match="toy.py: error: it fails"):
+        reproduce.run([*command, "--fails=1", "--exp-name=y"], runs, "*__y__1__*", "robustness.csv")
+
+
+def test_statistics_by_hand():
+    assert reproduce.iqm(np.array([9.0, 1.0, 2.0, -70.0])) == 1.5
+    values = np.array([[1.0, 2, 3, 4, 5], [11, 12, 13, 14, 15]])
+    low, high = reproduce.bootstrap(values)
+    assert 6 < low < reproduce.iqm(values.reshape(-1)) < high < 10
+    assert reproduce.bootstrap(np.full((2, 5), 7.0)) == (7.0, 7.0)
+    # the seeds of both levels are drawn together: levels that cancel leave nothing to vary
+    assert reproduce.bootstrap(np.stack([values[0], -values[0]]), lambda x, axis: x.mean(axis)) == (0.0, 0.0)
+    assert reproduce.interval(np.array([1.0, 2.0, 3.0])) == pytest.approx(4.302653 * 1 / 3**0.5)
+
+
+def test_verdicts_are_of_paired_differences():
+    study = replace(reproduce.STUDIES["spread"], shown=("gaussian",), claims=(("a", "b"),))
+    seeds, noise = 10.0 * np.arange(5), np.array([0.1, -0.1, 0, 0.1, -0.1])
+    table = {("", "clean", "0.0"): seeds, ("", "gaussian", "0.5"): seeds, ("", "gaussian", "1.0"): seeds}
+    better = {key: values + 1 + noise for key, values in table.items()}
+    for first, second, verdict in (
+        (better, table, "better"),
+        (table, better, "worse"),
+        (table, table, "no difference"),
+    ):
+        rows = reproduce.judge("spread", study, {"a": first, "b": second})
+        assert [row["perturbation"] for row in rows] == ["clean", "gaussian"]
+        assert all(row["verdict"] == verdict and row["seeds"] == 5 for row in rows)
+    rows = reproduce.judge("spread", study, {"a": better, "b": table})
+    assert rows[0]["mean"] == pytest.approx(1) and rows[0]["interval95"] == pytest.approx(2.776445 * 0.1 / 5**0.5)
+
+
+def test_rows_of_agents_and_of_fixed_lights():
+    study = reproduce.STUDIES["drones"]
+    rows = [{"method": "none", "agent": a, "perturbation": "mad", "level": "0.1", "seed": s, "return": v}
+            for a, v in (("leader_0", 1.0), ("mean", 2.0)) for s in "21"]  # fmt: skip
+    table = reproduce.table_of(rows, "none", "return")
+    (values,) = reproduce.cells(study, table, "mad")
+    assert values.tolist() == [2.0, 2.0] and len(table) == 2
+
+
+def test_every_figure_and_table_has_its_studies():
+    every = [name for group in (*reproduce.FIGURES.values(), *reproduce.TABLES.values()) for name in group]
+    assert set(every) == set(reproduce.STUDIES)
+    for name, study in reproduce.STUDIES.items():
+        assert study.label or {m for pair in study.claims for m in pair} <= set(study.methods), name
+        assert not study.first or study.first in study.methods
+        assert set(study.scripts) <= set(study.methods)
+
+
+@pytest.mark.parametrize("name", list(reproduce.STUDIES))
+def test_every_command_is_understood(name, monkeypatch):
+    """By the script that it is for, in both lengths."""
+    study = reproduce.STUDIES[name]
+    for method, grid in study.methods.items():
+        script = __import__(study.scripts.get(method, study.script).removesuffix(".py"))
+        for flags in grid:
+            for more in (study.select, study.quick):
+                words = reproduce.merged(study.flags, flags, more, "--seed=1 --num-seeds=2")
+                monkeypatch.setattr(sys, "argv", [study.script, *words])
+                assert script.parse_args().num_seeds == 2
+
+
+def test_a_grid_with_a_failure(tmp_path, toy, ray, monkeypatch):
+    methods = toy.methods | {"broken": ("--fails=1",)}
+    monkeypatch.setitem(reproduce.STUDIES, "toy", replace(toy, methods=methods))
+    args = arguments(tmp_path, ray_address="local")
+    cluster = reproduce.Cluster(args)
+    found = reproduce.train("toy", cluster)
+    assert list(found) == ["none", "weak", "chosen"] and found["chosen"][0] == "--gain=2"
+    assert len(cluster.failures) == 1 and "toy_broken: " in cluster.failures[0] and "it fails" in cluster.failures[0]
+    reproduce.report("toy", found, args)
+    rows = rows_of(tmp_path / "results" / "toy.csv")
+    assert len(rows) == 3 * 3 * 5 and {row["seed"] for row in rows} == set("12345")
+    assert set(rows[0]) == {"script", "env_id", "method", "perturbation", "level", "seed", "return"}
+    summary = {(row["method"], row["level"]): row for row in rows_of(tmp_path / "results" / "toy_summary.csv")}
+    row = summary["chosen", "0.5"]
+    assert float(row["return"]) == 2 + 3 - 0.5 and float(row["less_none"]) == 2 and float(row["iqm"]) == 4.5
+    verdicts = {(row["method"], row["perturbation"]): row for row in rows_of(tmp_path / "results" / "verdicts.csv")}
+    assert verdicts["chosen", "gaussian"]["verdict"] == "better" and float(verdicts["none", "clean"]["mean"]) == -1
+    assert (tmp_path / "results" / "toy.png").stat().st_size > 10_000
+
+
+def test_a_node_dies(tmp_path, toy, ray):
+    """Its runs go on elsewhere from their checkpoints, and no finished run is repeated."""
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    doomed, args = nodes.add_node(num_cpus=2), arguments(tmp_path, ray_address=nodes.address)
+    study = replace(toy, methods={f"m{k}": ("--sleep=4",) for k in range(4)}, claims=())
+    cluster = reproduce.Cluster(args)
+    runs = {method: cluster.start(f"toy_{method}", study, method, "--sleep=4", (1, 5)) for method in study.methods}
+    while len(list(args.runs_dir.glob("*/checkpoint.pt"))) < 3:
+        time.sleep(0.1)
+    threading.Timer(0.5, nodes.remove_node, [doomed], {"allow_graceful": False}).start()
+    paths = [cluster.get(started) for started in runs.values()]
+    ray.shutdown()
+    nodes.shutdown()
+    assert all(paths) and not cluster.failures and len({path.parent for path in paths}) == 4
+    logs = sorted(path.read_text() for path in args.runs_dir.glob("*.log"))
+    assert logs == ["begun ", "begun ", "begun resumed ", "begun resumed "]
