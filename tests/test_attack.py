@@ -1,0 +1,138 @@
+"""benchmarks/attack.py: learned attacks on the policies of a run."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import attack
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+RUNS = {  # script: flags of a short run on a particle task
+    "ernie_maddpg": "--total-timesteps=2000 --learning-starts=1000 --eval-episodes=2 --hidden-size=16",
+    "ernie_mappo": "--env-id=simple_adversary_v3 --num-envs=8 --total-timesteps=400 --num-minibatches=2",
+    "ernie_coma": "--env-id=simple_spread_v3 --num-envs=8 --total-timesteps=800 --epsilon-units=raw",
+}
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def run_dir(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    flags = [*RUNS[request.param].split(), "--num-seeds=2", "--eval-episodes=2", "--no-track", f"--runs-dir={folder}"]
+    script = str(ROOT / f"{request.param}.py")
+    subprocess.run([sys.executable, script, *flags], check=True, capture_output=True, text=True)
+    (found,) = folder.iterdir()
+    return found
+
+
+@pytest.mark.parametrize("space", ["policy", "observation"])
+def test_observations_stay_in_the_ball_and_opponents_see_clearly(run_dir, space):
+    victim, radius = attack.load(run_dir, CPU), 0.3
+    args = attack.Args(run_dir, space=space)
+    env = attack.Adversaries(victim, 2 * 8, radius, args)
+    streams = attack.ernie_mappo.make_generators(1, 2, "test", CPU)
+    (_, obs), seen = env.reset(streams)
+    assert torch.equal(seen, obs[:, env.team])
+    obs = obs.unflatten(0, (2, -1)).transpose(1, 2)
+    choice = torch.randn(*obs.shape[:3], env.action_mask.shape[1])
+    moved = env.perturb(obs, choice) - obs
+    unit = victim.unit.expand_as(moved)
+    assert not moved[:, ~env.team].any() and not moved[unit.expand_as(moved) == 0].any()
+    assert moved.isfinite().all()
+    length = torch.where(unit > 0, moved / unit, 0)[:, env.team].norm(dim=-1)
+    assert (length <= radius * (1 + 1e-4)).all() and length.max() > 0.9 * radius
+    assert torch.equal(env.perturb(obs, torch.zeros_like(choice)), obs)
+
+
+def test_a_direction_of_the_output_is_followed(run_dir):
+    victim = attack.load(run_dir, CPU)
+    env = attack.Adversaries(victim, 2 * 8, 0.3, attack.Args(run_dir))
+    _, obs = env.task.reset(attack.ernie_mappo.make_generators(1, 2, "test", CPU))
+    obs = obs.unflatten(0, (2, -1)).transpose(1, 2)
+    z = victim.output(env.task, obs)
+    choice = torch.zeros_like(z)
+    choice[..., 0] = 1
+    gain = victim.output(env.task, env.perturb(obs, choice)) - z
+    assert (gain[:, env.team, :, 0] > -1e-6).all() and gain[:, env.team, :, 0].max() > 1e-4
+    loss = victim.output(env.task, env.perturb(obs, -choice)) - z
+    assert (loss[:, env.team, :, 0] < 1e-6).all()
+
+
+def test_undisturbed_returns_are_those_of_the_script(run_dir):
+    """Radius 0, and an adversary that does nothing: the same episodes, the same return."""
+    victim, args = attack.load(run_dir, CPU), attack.Args(run_dir, eval_episodes=8)
+    clean = attack.returns(victim, "clean", 0.0, args)
+    env = attack.Adversaries(victim, 2, 0.3, args)
+    idle = torch.zeros(2 * 8, *env.action_mask.shape)
+    assert torch.allclose(attack.returns(victim, "learned", 0.3, args, lambda env, obs: idle), clean)
+    assert torch.allclose(attack.returns(victim, "gaussian", 0.0, args), clean)
+    assert not torch.allclose(attack.returns(victim, "gaussian", 1.0, args), clean)
+
+
+def test_the_adversary_learns_to_hurt(monkeypatch):
+    """A task in which an agent is paid minus the square of what it sees one step later: it acts on its observation as
+    if that were its place. The adversary must find a constant shift, of which noise has the mean 0."""
+
+    class Task:
+        num_agents, horizon, device, dtype, discrete, num_envs = 1, 6, CPU, torch.float32, False, 0
+        cooperators, obs_mask, action_mask = torch.tensor([True]), torch.ones(1, 2).bool(), torch.ones(1, 2).bool()
+
+        def __init__(self, num_envs):
+            self.num_envs = num_envs
+
+        def reset(self, generators):
+            size = self.num_envs // len(generators)
+            place = torch.cat([torch.randn(size, 1, 2, generator=g) for g in generators])
+            return place, place
+
+        def draw(self, generators):
+            return None
+
+        def step(self, place, action, noise):
+            place = place + action
+            over = torch.zeros(len(place), dtype=torch.bool)
+            return place, place, -place.sum(-1), over, over, {}
+
+    given = attack.ernie_mappo.Args(num_seeds=1)
+    victim = attack.Victim(
+        attack.ernie_mappo,
+        given,
+        Task,
+        lambda env, obs: -obs,
+        lambda env, obs: -obs.transpose(1, 2).flatten(0, 1),
+        None,
+        torch.ones(1, 1, 1, 2),
+    )
+    for space in ("policy", "observation"):
+        args = attack.Args(Path("."), space=space, iterations=30, num_envs=64, eval_episodes=64, learning_rate=5e-3)
+        choices = attack.learn(victim, 1.0, args)
+        # every step the place is minus the shift, of length 1: at best sqrt(2) is lost in each of six steps
+        found = attack.returns(victim, "learned", 1.0, args, choices).item()
+        noise = attack.returns(victim, "gaussian", 1.0, args).item()
+        assert -6 * 2**0.5 - 0.1 < found < -6 * 1.3 and abs(noise) < 1.5, space
+
+
+def test_as_a_user_starts_it(run_dir):
+    words = ["--radius=0.5", "--iterations=2", "--num-envs=4", "--eval-episodes=4"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "attack.py"), str(run_dir), *words]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["clean", "gaussian", "mad", "learned"]
+    with open(run_dir / "learned_attack.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 * 2 and {row["seed"] for row in rows} == {"1", "2"}
+    assert all(float(row["return"]) == float(row["return"]) for row in rows)
+
+
+@pytest.mark.parametrize("words, said", [(["nowhere"], "no readable run"), (["x", "--radius=0"], "--radius must be")])
+def test_bad_input_is_named(monkeypatch, capsys, words, said):
+    monkeypatch.setattr(sys, "argv", ["attack.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        attack.main()
+    assert said in str(stop.value) + capsys.readouterr().err
