@@ -1,6 +1,7 @@
 """What the tests of all scripts share: starting one as a user does and reading what it left, networks and gradients by
 hand."""
 
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+RTOL, ATOL = 1e-3, 1e-4  # of alike() on a GPU
 
 
 def start_script(script: str, *flags, **environment) -> subprocess.Popen:
@@ -53,6 +55,29 @@ def only(tmp_path) -> Path:
 
 def without_speed(rows):
     return [{name: value for name, value in row.items() if name != "charts/SPS"} for row in rows]
+
+
+def alike(a, b) -> bool:
+    """Are these the same, tensors or rows of metrics.csv, of runs beside others and alone? On a CPU to the last bit. On a
+    GPU rounding depends on the size of a batch, so that they are nearly the same."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(a[name], b[name]) for name in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(alike, a, b))
+    if isinstance(a, torch.Tensor):
+        if a.is_cuda and a.is_floating_point():
+            return a.shape == b.shape and torch.allclose(a, b, rtol=RTOL, atol=ATOL)
+        return torch.equal(a, b)
+    return a == b or (torch.cuda.is_available() and float(a) == pytest.approx(float(b), rel=RTOL, abs=ATOL))
+
+
+def on(device, x):
+    """Tensors, networks and dictionaries of them, moved there: what is drawn on a CPU is the same on every device."""
+    if isinstance(x, dict):
+        return {name: on(device, value) for name, value in x.items()}
+    if isinstance(x, torch.Tensor):
+        return x.to(device)
+    return dataclasses.replace(x, flat=x.flat.detach().to(device).requires_grad_(x.flat.requires_grad))
 
 
 def plain(net, row, x, activation=torch.tanh):

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import ROOT, bad_value, finish, only, plain, refusal, without_speed
+from commands import ROOT, alike, bad_value, finish, only, plain, refusal, without_speed
 from PIL import Image
 from torch.distributions import Categorical, kl_divergence
 
@@ -51,6 +52,7 @@ def short_games():
     script.envs.make = MAKE
     torch.set_num_threads(threads)
     torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
 
 
 def again(streams):
@@ -59,7 +61,8 @@ def again(streams):
 
 
 def world(phase="two", fields=None, **options) -> SimpleNamespace:
-    """All parts of a small problem in float64: policies that are not uniform, arbitrary moments of returns."""
+    """All parts of a small problem in float64: policies that are not uniform, arbitrary moments of returns. What a test
+    makes from then on is on DEVICE, too."""
     torch.set_default_dtype(torch.float64)
     args = Args(**(SMALL | options))
     script.setup(args)
@@ -74,6 +77,7 @@ def world(phase="two", fields=None, **options) -> SimpleNamespace:
         mean, std = (torch.rand(R, 1, heads, generator=normal, device=DEVICE) for _ in range(2))
         memory[name] = 0.6 * torch.stack([mean, mean**2 + (1 + std) ** 2, torch.ones_like(mean)])
     streams = {n: script.make_generators(args.seed, R, n, DEVICE) for n in ("games", "minibatches")}
+    torch.set_default_device(DEVICE)
 
     def play(deviations=None, after=None, step=env.step):
         generators = again(streams)["games"]
@@ -489,7 +493,8 @@ def some_rows(batch, advantages):
     """The first samples, from a policy that was another, so that clipping acts."""
     M = advantages.shape[1]
     rows = {k: batch[k][:, :M] for k in ("obs", "valid", "actions", "logprobs", "returns")}
-    return rows | {"logprobs": rows["logprobs"] + 0.4 * torch.randn(2, M), "advantages": advantages}
+    other = 0.4 * torch.randn(2, M, device="cpu").to(DEVICE)  # on a GPU the same numbers
+    return rows | {"logprobs": rows["logprobs"] + other, "advantages": advantages}
 
 
 def test_losses_of_the_agents_by_hand():
@@ -620,7 +625,7 @@ def watched(monkeypatch):
 @pytest.mark.parametrize("kind", ["own reward", "warm-up", "ermas"])
 def test_direction_of_the_agents(watched, kind):
     w = world(**ONE_STEP, beta=0.6, epsilon=0.05, lambda_damping=20.0, lambda_max=2.5, inner_steps=2)
-    lambdas = torch.rand(2, 4, generator=torch.Generator().manual_seed(2)).to(DEVICE) * 2
+    lambdas = torch.rand(2, 4, generator=torch.Generator().manual_seed(2), device="cpu").to(DEVICE) * 2
     found, memory, metrics = turn(w, lambdas, adversarial=kind != "own reward", deviating=kind == "ermas")
     assert len(watched.games) == 3 and len(watched.deviations) == (kind == "ermas")
     joint = {k: torch.cat([games[0][k] for games in watched.games], 1) for k in watched.games[0][0]}
@@ -751,7 +756,7 @@ def test_phases_and_warm_up(tmp_path, iterations):
         assert x.lr == pytest.approx({"agents": 2e-3 * (1 - k / 4), "planner": 1e-3 * (1 - k / 4)})
         assert x.planner_ent_coef == pytest.approx(0.1 - 0.09 * k / 4) and x.ent_coef == 0.025
     for x in iterations:
-        assert x.fresh == (x is one[0] or x is two[0]) and torch.allclose(x.env.eta, torch.tensor(0.3))
+        assert x.fresh == (x is one[0] or x is two[0]) and torch.allclose(x.env.eta.cpu(), torch.tensor(0.3))
     assert two[0].memory["state"] is None and not two[0].memory["planner_moments"].any()
     assert two[0].memory["agents_moments"][2, 0, 0, 0].item() == pytest.approx(1 - 0.9**3)  # they go on
     assert all((x.memory["lambdas"] == 1).all() for x in iterations[:6])
@@ -807,11 +812,12 @@ def test_taxes_for_all_in_the_test(monkeypatch, tmp_path, iterations):
     skipped = script.run_tests(nets["planner"], both[0], args, device, tmp_path)
     assert [x.env.tax for x in iterations] == ["planner"] * 2
     assert torch.equal(iterations[0].nets["agents"], both[0]["nets"]["agents"].to(DEVICE))
-    assert (iterations[0].memory["agents_moments"].cpu() == both[0]["agents_moments"]).all()
+    assert torch.equal(iterations[0].memory["agents_moments"], both[0]["agents_moments"].to(DEVICE))
     assert skipped["coin"].shape == other["coin"].shape
     one_eta = dataclasses.replace(args, eval_eta=(0.3,))
     alone = script.run_tests(nets["planner"], None, one_eta, device, tmp_path)
-    assert all(torch.equal(alone[name][0], other[name][1]) for name in alone)
+    if DEVICE.type == "cpu":  # elsewhere rounding depends on the number of runs, and chance on rounding
+        assert all(torch.equal(alone[name][0], other[name][1]) for name in alone)
 
 
 def same(a, b) -> bool:
@@ -830,7 +836,7 @@ def test_compiled_only_where_asked(monkeypatch):
     assert script.step_of(env, args) == env.step
     assert script.step_of(env, dataclasses.replace(args, compile=True)) == (
         env.step,
-        {"fullgraph": True, "dynamic": False},
+        {"fullgraph": True, "dynamic": False, "options": {"comprehensive_padding": False}},
     )
 
 
@@ -868,9 +874,9 @@ def test_a_seed_does_not_depend_on_the_others(tmp_path, method, alone):
     together, folder, rows = short_train(tmp_path, "together", seed=5, num_seeds=3, method=method)
     own, other, few = short_train(tmp_path, "alone", seed=6, num_seeds=alone, method=method)
     mine = [str(6 + k) for k in range(alone)]
-    assert without_speed(few) == without_speed([row for row in rows if row["seed"] in mine])
+    assert alike(without_speed(few), without_speed([row for row in rows if row["seed"] in mine]))
     for name in own:
-        assert torch.equal(own[name].flat, together[name].flat[1 : 1 + alone])
+        assert alike(own[name].flat, together[name].flat[1 : 1 + alone])
     assert not torch.equal(together["agents"].flat[0], together["agents"].flat[1])
 
 
@@ -978,7 +984,7 @@ def test_a_stopped_run_goes_on(monkeypatch, capsys, tmp_path, uninterrupted, ite
 
 def test_two_ranks_train_one_policy(tmp_path):
     options = dict(phase_one_timesteps=800, phase_two_timesteps=800, warmup=0.0, checkpoint_interval=10**6)
-    options |= dict(eval_timesteps=1, eval_eta=(0.23,), num_seeds=1)  # episodes have 100 steps here
+    options |= dict(eval_timesteps=1, eval_eta=(0.23,), num_seeds=1, cuda=False)  # episodes have 100 steps here
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29539"]
     command = [*launch, str(ROOT / "ermas_economy.py"), f"--runs-dir={tmp_path}", *flags_of(**options)]
     finish(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
@@ -1027,7 +1033,7 @@ def whole(tmp_path_factory) -> SimpleNamespace:
 def test_a_whole_run_leaves_what_it_promises(whole):
     folder, given = whole.folder, Args(**SMALL)
     about = json.loads((folder / "args.json").read_text())
-    assert about["versions"]["torch"] == torch.__version__ and about["eval_eta"] == [0.1, 0.3]
+    assert about["versions"]["torch"] == version("torch") and about["eval_eta"] == [0.1, 0.3]
     for name in ("checkpoint.pt", "checkpoint.previous.pt", "warm_agents.pt", "test_agents.pt"):
         torch.load(folder / name, weights_only=True)
     with Image.open(folder / "report.png") as picture, Image.open(folder / "videos" / "episode.gif") as film:
@@ -1095,7 +1101,7 @@ def test_agents_of_another_run(monkeypatch, capsys, tmp_path, whole, iterations)
         saved = torch.load(saved, weights_only=True)
         for name in ("agents", "agents_values"):
             assert torch.equal(saved["nets"][name].to(DEVICE), start.nets[name])
-        assert torch.equal(saved["agents_moments"], start.memory["agents_moments"].cpu())
+        assert torch.equal(saved["agents_moments"].to(DEVICE), start.memory["agents_moments"])
     rows = rows_of(only(tmp_path) / "metrics.csv")
     assert [row["global_step"] for row in rows[::2]] == ["80", "160", "240"]
     assert {row["charts/phase"] for row in rows} == {"2"}

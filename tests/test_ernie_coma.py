@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import ROOT, bad_value, finish, fourth_order, only, plain, refusal, start_script, without_speed
+from commands import ROOT, alike, bad_value, finish, fourth_order, only, plain, refusal, start_script, without_speed
 
 import ernie_coma as script
 from envs import traffic
@@ -455,7 +456,8 @@ def test_flipped_actions_are_as_many_as_asked_for():
         changed[family] = (action != greedy).double()
         assert (action < env.action_mask.sum(1)).all()  # of two actions the other
         shift = (action - greedy)[:, :, 1] % 3  # of three, one of the other two
-        assert (shift == 2).double().sum() / changed[family][:, :, 1].sum() == pytest.approx(0.5, abs=0.06)
+        share = (shift == 2).double().sum() / changed[family][:, :, 1].sum()
+        assert share.item() == pytest.approx(0.5, abs=0.06)
     one, each = changed.values()
     assert one.sum(-1).max() == 1 and (one.mean((0, 1)) - 0.15)[:2].abs().max() < 0.02
     assert (each.mean((0, 1)) - 0.3)[:2].abs().max() < 0.03
@@ -551,14 +553,14 @@ ALONE += [(SPREAD, dict(num_envs=16, reg_batch_size=n, total_timesteps=800, log_
 
 @pytest.mark.parametrize("small,options", ALONE)
 def test_a_seed_does_not_depend_on_the_others(tmp_path, small, options):
-    """Bit for bit; with a number of samples that is no multiple of 16, matrix products may round a seed otherwise."""
+    """Bit for bit on a CPU; with a number of samples that is no multiple of 16, matrix products may round a seed otherwise."""
     _, together, norms, rows = short_train(tmp_path, "together", small, seed=5, num_seeds=2, **options)
     for k in range(2):
         _, alone, norm, own = short_train(tmp_path, f"alone{k}", small, seed=5 + k, **options)
         for name in alone:
-            assert torch.equal(alone[name].flat, together[name].flat.unflatten(0, (2, -1))[k])
-        assert torch.equal(norm[0], norms[k])
-        assert without_speed(own) == without_speed([row for row in rows if row["seed"] == str(5 + k)])
+            assert alike(alone[name].flat, together[name].flat.unflatten(0, (2, -1))[k])
+        assert alike(norm[0], norms[k])
+        assert alike(without_speed(own), without_speed([row for row in rows if row["seed"] == str(5 + k)]))
 
 
 MODES = [
@@ -641,7 +643,7 @@ def test_a_whole_run_leaves_what_it_promises(tmp_path, monkeypatch, capsys, smal
     main_with(monkeypatch, f"--runs-dir={tmp_path}", "--capture-video", "--num-seeds=2", small=small)
     folder, out = only(tmp_path), capsys.readouterr().out
     assert all(len(rows) == 3 and "robustness" in rows[2] and "eval/reward" in rows[1] for rows in logged)
-    assert json.loads((folder / "args.json").read_text())["versions"]["torch"] == torch.__version__
+    assert json.loads((folder / "args.json").read_text())["versions"]["torch"] == version("torch")
     for name in ("metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "robustness.png", "videos/episode.gif"):
         assert (folder / name).stat().st_size > 0
     text = (folder / "robustness.csv").read_text()
@@ -742,7 +744,8 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path, monkeypatch, capsys, uninter
 
 
 def test_two_ranks_train_one_policy(tmp_path):
-    flags = with_small(["--log-interval=1000", "--total-timesteps=60", f"--runs-dir={tmp_path}"], SPREAD)
+    flags = ["--log-interval=1000", "--total-timesteps=60", f"--runs-dir={tmp_path}", "--no-cuda"]
+    flags = with_small(flags, SPREAD)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29534"]
     finish(subprocess.Popen([*launch, str(ROOT / "ernie_coma.py"), *flags], stderr=subprocess.PIPE, text=True))
     folder = only(tmp_path)
