@@ -3,7 +3,8 @@
 import ast
 from pathlib import Path
 
-SCRIPTS = sorted(Path(__file__).parent.parent.glob("er*_*.py"))
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted([*ROOT.glob("er*_*.py"), *ROOT.glob("baselines/*.py")])
 
 
 def definitions(path: Path) -> dict[str, str]:
@@ -26,7 +27,7 @@ def clashes(
 
 
 def test_same_name_same_code():
-    assert SCRIPTS
+    assert {"ernie_maddpg.py", "rma3c.py"} <= {path.name for path in SCRIPTS}
     assert clashes({path.name: definitions(path) for path in SCRIPTS}) == []
 
 
@@ -38,7 +39,7 @@ def test_a_difference_is_found():
 
 def test_scripts_import_no_script():
     names = {path.stem for path in SCRIPTS}
-    for path in [*SCRIPTS, *(Path(__file__).parent.parent / "envs").glob("*.py")]:
+    for path in [*SCRIPTS, *(ROOT / "envs").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
