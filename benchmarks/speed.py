@@ -1,6 +1,7 @@
 """How fast this repository is beside its peers: one process, one thread, interleaved repeats.
 
     pip install -r benchmarks/requirements.txt          # the peers; one that is missing is left out
+    python benchmarks/speed.py                          # all of what follows: half an hour
     python benchmarks/speed.py env                      # simple_spread_v3 with 3 and 15 agents: about ten minutes
     python benchmarks/speed.py env --num-agents 3 --num-envs 8192 --peers vmas
     python benchmarks/speed.py env --device cuda --num-agents 3 --num-envs 1024 32768 1000000
@@ -951,19 +952,21 @@ def bench_taxes(timing: Timing, num_seeds: int = 3, out: Path = RESULTS / "speed
     write_csv(out, compare(rates, ("environment", "episodes"), {"device": timing.device, "num_seeds": num_seeds}))
 
 
+COMMANDS = {
+    "env": bench_env,
+    "train": bench_train,
+    "games": bench_games,
+    "traffic": bench_traffic,
+    "coma": bench_coma,
+    "mappo": bench_mappo,
+    "meanfield": bench_meanfield,
+    "drones": bench_drones,
+    "economy": bench_economy,
+    "taxes": bench_taxes,
+}
+
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict(
-        {
-            "env": bench_env,
-            "train": bench_train,
-            "games": bench_games,
-            "traffic": bench_traffic,
-            "coma": bench_coma,
-            "mappo": bench_mappo,
-            "meanfield": bench_meanfield,
-            "drones": bench_drones,
-            "economy": bench_economy,
-            "taxes": bench_taxes,
-        },
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    if len(sys.argv) == 1:  # all of them, each in a process of its own
+        failed = [name for name in COMMANDS if subprocess.run([sys.executable, __file__, name]).returncode]
+        sys.exit(f"speed.py: these failed: {', '.join(failed)}" if failed else 0)
+    tyro.extras.subcommand_cli_from_dict(COMMANDS, config=(tyro.conf.OmitArgPrefixes,))
