@@ -101,16 +101,18 @@ def grids_of(*points: tuple[float, float], modes=("gaussian", "adversarial", "st
     return {"none": ("--regularizer=none",)} | {m: tuple(f"--regularizer={m} {p}" for p in grid) for m in modes}
 
 
+PARTICLE_METHODS = grids_of((0.3, 0.02), (0.5, 0.1), modes=("gaussian", "random", "adversarial", "stackelberg"))
+PARTICLE_METHODS = {m: tuple(f"{point} --reg-batch-size=128" for point in grid) for m, grid in PARTICLE_METHODS.items()}
+PARTICLE_METHODS["m3ddpg"] = tuple(f"--regularizer=none --minimax-epsilon={alpha}" for alpha in (0.01, 0.1))
 PARTICLE = partial(
     Study,
     script="ernie_maddpg.py",
-    methods=grids_of((0.3, 0.02), (0.5, 0.1), modes=("gaussian", "random", "adversarial", "stackelberg"))
-    | {"m3ddpg": tuple(f"--regularizer=none --minimax-epsilon={alpha}" for alpha in (0.01, 0.1))},
+    methods=PARTICLE_METHODS,
     quick="--total-timesteps=8000 --eval-episodes=10",
     select="--eval-episodes=100",
     claims=(("stackelberg", "none"), ("stackelberg", "adversarial"), ("stackelberg", "gaussian"), ("m3ddpg", "none")),
 )
-PARTICLE_FLAGS = "--total-timesteps=200000 --batch-size=512 --reg-batch-size=128 --eval-episodes=200"
+PARTICLE_FLAGS = "--total-timesteps=200000 --batch-size=512 --eval-episodes=200"
 PARTICLE_TEXT = (
     "ERNIE is better than or level with MADDPG under observation noise; unrolling the attack is better than or "
 )
@@ -169,7 +171,12 @@ def bimatrix(number: int, text: str, flags: str = "", **options) -> Study:
 
 
 STUDIES = {
-    "spread": PARTICLE(text=PARTICLE_TEXT, flags=f"--env-id=simple_spread_v3 {PARTICLE_FLAGS}"),
+    "spread": PARTICLE(
+        text=PARTICLE_TEXT,
+        methods=PARTICLE_METHODS | {"rma3c": ("--epsilon=0.1", "--epsilon=0.3")},
+        flags=f"--env-id=simple_spread_v3 {PARTICLE_FLAGS}",
+        scripts={"rma3c": "baselines/rma3c.py"},
+    ),
     "tag": PARTICLE(text=PARTICLE_TEXT, flags=f"--env-id=simple_tag_v3 {PARTICLE_FLAGS}"),
     "crypto": PARTICLE(text=PARTICLE_TEXT, flags=f"--env-id=simple_crypto_v3 {PARTICLE_FLAGS}"),
     "drones": Study(

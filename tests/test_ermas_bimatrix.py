@@ -35,8 +35,8 @@ def float32_afterwards():
 
 
 def world(**options) -> SimpleNamespace:
-    """All parts of a small problem in float64: policies that are not uniform, an arbitrary baseline. Random numbers are a
-    CPU's on every device."""
+    """All parts of a small problem in float64: policies that are not uniform, an arbitrary baseline. All is drawn on a
+    CPU, so that it is the same on every device."""
     torch.set_default_dtype(torch.float64)
     args = Args(**(SMALL | options))
     script.setup(args)

@@ -624,7 +624,7 @@ def watched(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["own reward", "warm-up", "ermas"])
 def test_direction_of_the_agents(watched, kind):
-    w = world(**ONE_STEP, beta=0.6, epsilon=0.05, lambda_damping=20.0, lambda_max=2.5, inner_steps=2)
+    w = world(**ONE_STEP, beta=0.6, epsilon=0.05, lambda_damping=60.0, lambda_max=2.5, inner_steps=2)
     lambdas = torch.rand(2, 4, generator=torch.Generator().manual_seed(2), device="cpu").to(DEVICE) * 2
     found, memory, metrics = turn(w, lambdas, adversarial=kind != "own reward", deviating=kind == "ermas")
     assert len(watched.games) == 3 and len(watched.deviations) == (kind == "ermas")
@@ -636,7 +636,7 @@ def test_direction_of_the_agents(watched, kind):
     weight, (gradients, regrets) = lambdas, (torch.zeros(2, 4, 1), torch.zeros(2, 4))
     if kind == "ermas":
         gradients, regrets, kl, _ = watched.deviations[0]
-        weight = (lambdas + 20.0 * (regrets - 0.05)).clamp(0, 2.5)
+        weight = (lambdas + 60.0 * (regrets - 0.05)).clamp(0, 2.5)
         assert (weight == 2.5).any() and (weight < 2.5).any() and (metrics["ermas/deviation_kl"] == kl.amax(1)).all()
         expected = (lambdas + w.args.lambda_lr * (regrets - 0.05)).clamp(0, 2.5)  # Eq. (12)
         close(memory["lambdas"], expected)

@@ -553,7 +553,7 @@ ALONE += [(SPREAD, dict(num_envs=16, reg_batch_size=n, total_timesteps=800, log_
 
 @pytest.mark.parametrize("small,options", ALONE)
 def test_a_seed_does_not_depend_on_the_others(tmp_path, small, options):
-    """Bit for bit on a CPU; with a number of samples that is no multiple of 16, matrix products may round a seed otherwise."""
+    """On a CPU bit for bit; with a number of samples that is no multiple of 16, products may round a seed otherwise."""
     _, together, norms, rows = short_train(tmp_path, "together", small, seed=5, num_seeds=2, **options)
     for k in range(2):
         _, alone, norm, own = short_train(tmp_path, f"alone{k}", small, seed=5 + k, **options)

@@ -30,8 +30,8 @@ def float32_afterwards():
 
 
 def world(double=False, num_envs=8, **options):
-    """(args, env, nets, batch, noise) of a small problem with one episode of random play in replay. It is drawn on a CPU,
-    so that it is the same on every device."""
+    """(args, env, nets, batch, noise) of a small problem with one episode of random play in replay, drawn on a CPU, so
+    that it is the same on every device."""
     torch.set_default_dtype(torch.float64 if double else torch.float32)
     args = Args(**(SMALL | options))
     make = {"num_agents": args.num_agents, "continuous_actions": args.continuous_actions}

@@ -898,7 +898,7 @@ ALONE += [dict(env_id="simple_spread_v3", state_dependent_std=True, norm="linf")
 
 @pytest.mark.parametrize("options", ALONE)
 def test_a_seed_does_not_depend_on_the_others(tmp_path, short, options):
-    """Bit for bit on a CPU; with a number of samples that is no multiple of 16, matrix products may round a seed otherwise."""
+    """On a CPU bit for bit; with a number of samples that is no multiple of 16, products may round a seed otherwise."""
     short(12)
     small = SMALL | dict(num_envs=16, num_minibatches=4, reg_batch_size=32, total_timesteps=576, log_interval=384)
     _, together, norms, rows = short_train(tmp_path, "together", small, seed=5, num_seeds=2, **options)

@@ -1,6 +1,7 @@
 """benchmarks/reproduce.py: runs that fail, die or are there already, and what is made of their results."""
 
 import csv
+import importlib
 import subprocess
 import sys
 import threading
@@ -142,7 +143,9 @@ def test_every_command_is_understood(name, monkeypatch):
     """By the script that it is for, in both lengths."""
     study = reproduce.STUDIES[name]
     for method, grid in study.methods.items():
-        script = __import__(study.scripts.get(method, study.script).removesuffix(".py"))
+        path = Path(study.scripts.get(method, study.script))
+        monkeypatch.syspath_prepend(reproduce.ROOT / path.parent)
+        script = importlib.import_module(path.stem)
         for flags in grid:
             for more in (study.select, study.quick):
                 words = reproduce.merged(study.flags, flags, more, "--seed=1 --num-seeds=2")
