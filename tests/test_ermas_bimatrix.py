@@ -777,7 +777,7 @@ def test_killed_and_resumed_equals_uninterrupted(monkeypatch, tmp_path, uninterr
 
 
 def test_two_ranks_train_one_policy(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29537"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command += [
         str(ROOT / "ermas_bimatrix.py"),
         f"--runs-dir={tmp_path}",

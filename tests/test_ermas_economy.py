@@ -985,7 +985,7 @@ def test_a_stopped_run_goes_on(monkeypatch, capsys, tmp_path, uninterrupted, ite
 def test_two_ranks_train_one_policy(tmp_path):
     options = dict(phase_one_timesteps=800, phase_two_timesteps=800, warmup=0.0, checkpoint_interval=10**6)
     options |= dict(eval_timesteps=1, eval_eta=(0.23,), num_seeds=1, cuda=False)  # episodes have 100 steps here
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29539"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command = [*launch, str(ROOT / "ermas_economy.py"), f"--runs-dir={tmp_path}", *flags_of(**options)]
     finish(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
     folder = only(tmp_path)

@@ -746,7 +746,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path, monkeypatch, capsys, uninter
 def test_two_ranks_train_one_policy(tmp_path):
     flags = ["--log-interval=1000", "--total-timesteps=60", f"--runs-dir={tmp_path}", "--no-cuda"]
     flags = with_small(flags, SPREAD)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29534"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     finish(subprocess.Popen([*launch, str(ROOT / "ernie_coma.py"), *flags], stderr=subprocess.PIPE, text=True))
     folder = only(tmp_path)
     a, b = (torch.load(folder / n, weights_only=True) for n in ("checkpoint.pt", "checkpoint_rank1.pt"))

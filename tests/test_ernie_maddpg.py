@@ -449,7 +449,7 @@ def test_two_ranks_train_one_policy(tmp_path):
         "-m",
         "torch.distributed.run",
         "--nproc-per-node=2",
-        "--master-port=29531",
+        "--standalone",
         str(ROOT / "ernie_maddpg.py"),
     ]
     finish(

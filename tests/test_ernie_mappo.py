@@ -1188,7 +1188,7 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch, capsys, uninterrupted, how
 def test_two_ranks_train_one_policy(tmp_path):
     small = SPREAD | dict(total_timesteps=200, checkpoint_interval=1000)
     flags = with_small([f"--runs-dir={tmp_path}", "--no-capture-video", "--no-cuda"], small)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29538"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     finish(subprocess.Popen([*launch, str(ROOT / "ernie_mappo.py"), *flags], stderr=subprocess.PIPE, text=True))
     folder = only(tmp_path)
     a, b = (torch.load(folder / n, weights_only=True) for n in ("checkpoint.pt", "checkpoint_rank1.pt"))

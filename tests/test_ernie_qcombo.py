@@ -684,7 +684,7 @@ def test_two_ranks_train_one_policy(tmp_path):
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items() if k != "track"]
     flags += ["--no-track", "--log-interval=1000", "--eval-seconds=1", "--eval-warmup=0", "--no-cuda"]
     flags += [f"--runs-dir={tmp_path}"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29532"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     finish(subprocess.Popen([*launch, str(ROOT / "ernie_qcombo.py"), *flags], stderr=subprocess.PIPE, text=True))
     folder = only(tmp_path)
     a, b = (torch.load(folder / n, weights_only=True) for n in ("checkpoint.pt", "checkpoint_rank1.pt"))

@@ -21,7 +21,7 @@ import ernie_mappo  # noqa: E402
 import ernie_meanfield  # noqa: E402
 import ernie_qcombo  # noqa: E402
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
 CPU = torch.device("cpu")
 
 
@@ -161,7 +161,7 @@ def read(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def differences():
-    command = [*LAUNCH, "--master-port=29551", __file__]
+    command = [*LAUNCH, __file__]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -184,7 +184,7 @@ def test_seeds_are_shared_out(tmp_path):
         "--no-cuda",
     ]
     script, folders = str(ROOT / "ernie_maddpg.py"), {}
-    for name, launch in (("one", [sys.executable]), ("two", [*LAUNCH, "--master-port=29552"])):
+    for name, launch in (("one", [sys.executable]), ("two", LAUNCH)):
         subprocess.run([*launch, script, *flags, f"--runs-dir={tmp_path / name}"], check=True, capture_output=True)
         folders[name] = sorted((tmp_path / name).iterdir())
     assert len(folders["one"]) == 1 and len(folders["two"]) == 2
