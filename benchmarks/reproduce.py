@@ -344,8 +344,10 @@ class Cluster:
     failures: list[str] = field(default_factory=list)
 
     def __post_init__(self):
-        import ray
-
+        try:
+            import ray
+        except ImportError:
+            sys.exit("reproduce.py: error: Ray is missing: pip install -r benchmarks/requirements.txt")
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the runs on a machine with other work
         ray.init(address=self.args.ray_address, log_to_driver=False)
         self.ray = ray
