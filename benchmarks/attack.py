@@ -16,7 +16,6 @@ the run's folder: a row per attack, radius and seed.
 """
 
 import csv
-import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ernie_mappo
+from benchmarks import certify
 
 
 @dataclass
@@ -102,10 +102,7 @@ def load(run_dir: Path, device: torch.device) -> Victim:
         sys.exit(f"attack.py: error: {run_dir} is no readable run ({type(error).__name__})")
     if name not in ("ernie_maddpg", "ernie_mappo", "ernie_coma"):
         sys.exit(f"attack.py: error: {run_dir} is a run of {name}.py, which has no observations of this kind")
-    script, argv = importlib.import_module(name), sys.argv
-    sys.argv = [f"{name}.py", f"--evaluate={run_dir}"]
-    args, state, _ = script.load_run(script.parse_args())
-    sys.argv = argv
+    script, args, state = certify.restore(name, run_dir)
     if name == "ernie_maddpg":
         build = partial(script.make_env, args, device=device)
         nets, _ = script.make_nets(build(args.num_seeds), args, state)

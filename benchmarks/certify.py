@@ -115,12 +115,20 @@ def script_of(folder: Path) -> str:
     return name
 
 
-def load(folder: Path, asked: Args) -> Run:
-    """Environments, networks and norm as the script's own --evaluate makes them; it reads its flags from sys.argv."""
-    script, argv = importlib.import_module(script_of(folder)), sys.argv
-    sys.argv = [f"{script.__name__}.py", "--evaluate", str(folder), "--no-cuda"]
+def restore(name: str, folder: Path, *flags: str):
+    """Script, arguments and state of a run as its own --evaluate has them; scripts read their flags from sys.argv."""
+    script, argv = importlib.import_module(name), sys.argv
+    sys.argv = [f"{name}.py", "--evaluate", str(folder), *flags]
     args, state, _ = script.load_run(script.parse_args())
-    sys.argv, device, name = argv, script.setup(args), script.__name__
+    sys.argv = argv
+    return script, args, state
+
+
+def load(folder: Path, asked: Args) -> Run:
+    """Environments, networks and norm of a run."""
+    name = script_of(folder)
+    script, args, state = restore(name, folder, "--no-cuda")
+    device = script.setup(args)
     args = replace(args, eval_episodes=asked.episodes or args.eval_episodes)
     if name == "ernie_maddpg":
         build, make = partial(script.make_env, args), script.make_nets

@@ -164,10 +164,10 @@ def bimatrix_label(row: dict) -> str:
 
 
 def bimatrix(number: int, text: str, flags: str = "", **options) -> Study:
-    options = {"result": "results.csv", "value": "eval/planner_reward", "level": "", "shown": ()} | options
     methods, quick = {f"figure{number}": (f"--figure={number}",)}, "--num-iterations=20 --eval-iterations=10"
-    more = {"picture": "report.png", "label": bimatrix_label, "seeds": (1, 10)} | options
-    return Study("ermas_bimatrix.py", text, methods, flags, quick, **{"claims": ()} | more)
+    defaults = {"result": "results.csv", "value": "eval/planner_reward", "level": "", "shown": (), "claims": ()}
+    defaults |= {"picture": "report.png", "label": bimatrix_label, "seeds": (1, 10)}
+    return Study("ermas_bimatrix.py", text, methods, flags, quick, **defaults | options)
 
 
 STUDIES = {
@@ -398,7 +398,7 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[str, Path]]:
         flags = grid[0]
         if len(grid) > 1:
             paths = [cluster.get(pending[method, k]) for k in range(len(grid))]
-            scores = [-np.inf if path is None else score(study, method, path) for path in paths]
+            scores = [score(study, method, *run) if run[1] else -np.inf for run in zip(grid, paths)]
             flags = grid[int(np.argmax(scores))]
             print(f"{name} {method}: {flags}  (scores: {', '.join(f'{s:.2f}' for s in scores)})", flush=True)
         if method not in chosen:
@@ -444,9 +444,9 @@ def cells(study: Study, table: Table, family: str) -> list[np.ndarray]:
     return [v for (agent, f, _), v in table.items() if f == family and (agent == "mean" or "mean" not in agents)]
 
 
-def score(study: Study, method: str, path: Path) -> float:
+def score(study: Study, method: str, flags: str, path: Path) -> float:
     """What the point of a grid is chosen by."""
-    table = table_of(read(study, method, "--regularizer=" + method, path), method, study.value)
+    table = table_of(read(study, method, flags, path), method, study.value)
     return float(np.mean([v.mean() for family in ("clean", *study.shown) for v in cells(study, table, family)]))
 
 
