@@ -275,9 +275,12 @@ def forward(layers: list[tuple[Tensor, Tensor]], x: Tensor, activation: str) -> 
 
 
 def embed(net: MLP, points: Tensor, args: Args) -> Tensor:
-    """Mean embedding [S, M, n, H] of sets of points [S, M, n, P, 2]: their order does not matter, nor their number."""
-    h = forward(net.layers(), points.flatten(1, 3).unsqueeze(1), args.activation)
-    return h.view(*points.shape[:-1], -1).mean(-2)
+    """Mean embedding [S, M, n, H] of sets of points [S, M, n, P, 2]: their order does not matter, nor their number. The
+    mean is taken before the last layer, which is linear: that layer then sees sets, not points."""
+    (weight, bias), last = net.layers()
+    h = torch.baddbmm(bias, weight, points.flatten(1, 3).mT.contiguous())  # [S, H, M n P]
+    h = ACTIVATIONS[args.activation](h).unflatten(2, points.shape[1:4]).mean(-1)
+    return torch.baddbmm(last[1], last[0], h.flatten(2)).mT.contiguous().unflatten(1, points.shape[1:3])
 
 
 def respond(nets: Nets, who: str, own: Tensor, crowd: Tensor, landmarks: Tensor, args: Args) -> Tensor:
