@@ -74,7 +74,7 @@ class Args:
     num_threads: int = 1
     """CPU threads; with more than one set OMP_WAIT_POLICY=PASSIVE, or one busy core stalls all of them"""
     compile: bool = False
-    """compile the environment step and, on a GPU or without regulariser, the losses (torch.compile)"""
+    """compile the environment step, IPOT and, on a GPU or without regulariser, the losses (torch.compile)"""
     runs_dir: str = "runs"
     """folder that receives a folder per run"""
     resume: str | None = None
@@ -329,20 +329,45 @@ def distances(moved: Tensor, crowd: Tensor) -> Tensor:
     return (moved.unsqueeze(-2) - crowd.unsqueeze(-3)).square().sum(-1).clamp_min(1e-12).sqrt()
 
 
-@torch.no_grad()
-def transport_plan(cost: Tensor, args: Args) -> Tensor:
-    """Plan [..., N, N] that carries equal masses at least cost [..., N, N], by inexact proximal points (IPOT, Xie et
-    al. 2020, algorithm 1 with L = 1) in logarithms. There is a best plan that carries nothing in parts: if the largest
-    entries of IPOT's make one it is taken, or that of staying where it costs less, which is best before anybody has
-    moved far."""
-    N = cost.shape[-1]
-    kernel = -cost / (args.transport_beta * cost.mean((-1, -2), keepdim=True).clamp_min(1e-12))
-    plan, right = torch.zeros_like(cost), torch.zeros_like(cost[..., :1, :])
-    for _ in range(args.transport_steps):
+def proximal_steps(plan: Tensor, right: Tensor, kernel: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`count` iterations of IPOT (Xie et al. 2020, algorithm 1 with L = 1): logarithms of the plan [..., N, N] and of
+    the factors of its columns [..., 1, N]."""
+    N = kernel.shape[-1]
+    for _ in range(count):
         plan = plan + kernel
         left = -math.log(N) - torch.logsumexp(plan + right, -1, keepdim=True)
         right = -math.log(N) - torch.logsumexp(plan + left, -2, keepdim=True)
         plan = plan + left + right
+    return plan, right
+
+
+fused_steps = torch.compile(proximal_steps, fullgraph=True, options={"comprehensive_padding": False})
+
+
+@torch.library.custom_op("ernie::proximal_points", mutates_args=())
+def proximal_points(kernel: Tensor, steps: int, fused: bool) -> Tensor:
+    """Logarithm of the plan after `steps` iterations. An operator, so that torch.compile meets one call where it would
+    unroll hundreds, and so that ten iterations at a time can be compiled inside torch.func.grad (`fused`)."""
+    plan, right = torch.zeros_like(kernel), torch.zeros_like(kernel[..., :1, :])
+    for done in range(0, steps, 10):
+        some = fused_steps if fused and steps - done >= 10 else proximal_steps
+        plan, right = some(plan, right, kernel, min(10, steps - done))
+    return plan
+
+
+@proximal_points.register_fake
+def _(kernel: Tensor, steps: int, fused: bool) -> Tensor:
+    return torch.empty_like(kernel)
+
+
+@torch.no_grad()
+def transport_plan(cost: Tensor, args: Args) -> Tensor:
+    """Plan [..., N, N] that carries equal masses at least cost [..., N, N], by inexact proximal points (IPOT) in
+    logarithms. There is a best plan that carries nothing in parts: if the largest entries of IPOT's make one it is
+    taken, or that of staying where it costs less, which is best before anybody has moved far."""
+    N = cost.shape[-1]
+    kernel = -cost / (args.transport_beta * cost.mean((-1, -2), keepdim=True).clamp_min(1e-12))
+    plan = proximal_points(kernel, args.transport_steps, args.compile)
     whole = F.one_hot(plan.argmax(-1), N).to(cost.dtype) / N
     plan = torch.where((whole.sum(-2) * N == 1).all(-1)[..., None, None], whole, plan.exp())
     stay = torch.eye(N, dtype=cost.dtype, device=cost.device) / N

@@ -58,8 +58,8 @@ has them: rollout of 80 episodes at once, values and advantages, four epochs of 
 BenchMARL's.
 
 `meanfield` times what grows with N in ernie_meanfield.py, minibatches of 64, of which 16 are regularised: the networks
-(actor and critic, forwards and backwards, own states given), the update without and with the regulariser; and the
-resident memory that a process has needed at most.
+(actor and critic, forwards and backwards, own states given), the update without and with the regulariser, and with
+--compile too, which compiles IPOT and, on a GPU, the losses; and the resident memory that a process has needed at most.
 
 `drones` counts environment steps (two quadcopters fly 1/48 s, 1/30 s in hover, in substeps of 1/240 s) in episodes of
 242 steps, reset included, with actions drawn beforehand.
@@ -625,22 +625,26 @@ def bench_mappo(timing: Timing, out: Path = RESULTS / "speed_mappo.csv") -> None
 def crowds(N: int, device: str) -> dict[str, Callable[[], None]]:
     """What grows with N, by name."""
     device, jobs = torch.device(device), {}
-    for mode in ("none", "stackelberg"):
-        counts = {"num_agents": N, "eval_agents": (N,), "batch_size": 64, "reg_batch_size": 16}
-        args = ernie_meanfield.Args(regularizer=mode, num_envs=4, **counts)
+    for name in ("none", "stackelberg", "stackelberg, compiled"):
+        mode, _, compiled = name.partition(", ")
+        options = {"num_agents": N, "eval_agents": (N,), "batch_size": 64, "reg_batch_size": 16}
+        args = ernie_meanfield.Args(regularizer=mode, num_envs=4, compile=bool(compiled), **options)
         env = ernie_meanfield.make_crowd_env(args, args.num_envs, device)
         nets, optimizers = ernie_meanfield.make_mean_field(env, args)
         replay = ernie_meanfield.make_crowd_replay(env, 1, args.num_envs)
         generators = ernie_meanfield.make_generators(args.seed, 1, "speed", device)
         ernie_meanfield.rollout_crowd(env.step, env, nets, replay, 0, 0.5, generators, args)
         losses = {"critic": ernie_meanfield.mean_field_critic_loss, "actor": ernie_meanfield.mean_field_actor_loss}
+        if compiled and device.type == "cuda":  # as the script does
+            fuse = partial(torch.compile, fullgraph=True, options={"comprehensive_padding": False})
+            losses = {role: fuse(loss) for role, loss in losses.items()}
 
-        def update(nets=nets, optimizers=optimizers, replay=replay, env=env, args=args) -> None:
+        def update(nets=nets, optimizers=optimizers, losses=losses, replay=replay, env=env, args=args) -> None:
             batch = ernie_meanfield.sample_crowds(replay, args.num_envs, args.batch_size, generators)
             batch, noise = ernie_meanfield.add_own(batch, args), ernie_meanfield.draw_moves(generators, env, args)
             ernie_meanfield.update_mean_field(nets, optimizers, losses, batch, noise, env, args)
 
-        jobs[f"update, {mode}"] = update
+        jobs[f"update, {name}"] = update
     batch = ernie_meanfield.sample_crowds(replay, args.num_envs, args.batch_size, generators)
     batch = ernie_meanfield.add_own(batch, args)
     crowd = ernie_meanfield.crowd_of(batch["own"])
@@ -669,13 +673,14 @@ def bench_meanfield(
 ) -> None:
     """Seconds and memory of what grows with N in ernie_meanfield.py, as a table and a plot."""
     clock, rows = prepare(timing), []
-    print(f"{'N':>5}  {'':21}{'milliseconds (quartiles)':27}MiB")
+    print(f"{'N':>5}  {'':31}{'milliseconds (quartiles)':27}MiB")
     for N in num_agents:
         for name, values in interleave(crowds(N, timing.device), timing, clock).items():
-            memory = math.nan if name == "networks" or timing.device != "cpu" else peak_memory(N, name.split(", ")[1])
+            skip = timing.device != "cpu" or name not in ("update, none", "update, stackelberg")
+            memory = math.nan if skip else peak_memory(N, name.split(", ")[1])
             row = {"device": timing.device, "num_agents": N, "name": name, "repeats": len(values)}
             rows.append(row | quartiles("milliseconds", 1000 * values) | {"peak_mib": memory})
-            print(f"{N:5}  {name:20}", text(rows[-1], "milliseconds"), f"{memory:6.0f}", flush=True)
+            print(f"{N:5}  {name:30}", text(rows[-1], "milliseconds"), f"{memory:6.0f}", flush=True)
     write_csv(out, rows)
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     axes = figure.subplots(1, 2)

@@ -170,6 +170,20 @@ def test_gradient_of_transport_is_that_of_the_exact_one(kind, n):
     close((grad * direction).sum((1, 2)), fourth_order(lambda h: exact_w(moved, crowd + h * direction), 1e-6), 1e-5)
 
 
+@pytest.mark.parametrize("steps", [1, 10, 23])
+def test_compiled_iterations_are_the_others(steps):
+    moved, crowd = (x.float() for x in clouds(0.3, 6))
+    kernel = -5 * script.distances(moved, crowd)
+    plain, fused = (script.proximal_points(kernel, steps, compiled) for compiled in (False, True))
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+    torch.library.opcheck(script.proximal_points, (kernel, steps, False))
+    slopes = []
+    for compiled in (False, True):
+        args = Args(transport_steps=steps, compile=compiled)
+        slopes.append(torch.func.grad(lambda x: script.wasserstein(x, crowd, args).sum())(moved))
+    torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-5)
+
+
 def test_no_gradient_flows_through_the_plan():
     """One iteration leaves a plan that is none of the best, and depends on the costs."""
     torch.set_default_dtype(torch.float64)
