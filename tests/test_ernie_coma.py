@@ -263,7 +263,7 @@ def test_hypergradient_is_the_derivative_of_the_whole_unroll(divergence, ball, s
     def mean_reg(flat, mode=None):
         return regularize(script.MLP(flat, nets["actor"].sizes), obs, noise, norm, env, args, mode)[0].mean(2).sum()
 
-    direction = torch.randn(flat.shape, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
+    direction = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     whole, leader = (torch.autograd.grad(mean_reg(flat, m), flat)[0] for m in ("stackelberg", "adversarial"))
     measured = fourth_order(lambda step: mean_reg((flat + step * direction).detach()).item())
     assert (whole * direction).sum().item() == pytest.approx(measured, rel=1e-6)

@@ -288,7 +288,7 @@ def test_hypergradient_is_the_derivative_of_the_whole_unroll(kind, ball, steps):
         point = (flat + step * direction).detach()
         return mean_reg(point, network=frozen(point) if held else None).item()
 
-    direction = torch.randn(flat.shape, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
+    direction = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     whole, leader = (torch.autograd.grad(mean_reg(flat, m), flat)[0] for m in ("stackelberg", "adversarial"))
     measured = fourth_order(moved, 1e-6)
     assert (whole * direction).sum().item() == pytest.approx(measured, rel=1e-6)

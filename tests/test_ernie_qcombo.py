@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import ROOT, alike, bad_value, finish, fourth_order, only, plain, refusal, start_script, without_speed
+from commands import ROOT, alike, bad_value, finish, fourth_order, on, only, plain, refusal, start_script, without_speed
 
 import ernie_qcombo as script
 from envs import traffic
@@ -45,10 +45,10 @@ def tiny(num_lights=3, width=4, **options):
     torch.set_default_dtype(torch.float64)
     args = Args(**(SMALL | dict(num_seeds=2, hidden_size=5, batch_size=6, reg_batch_size=4, activation="tanh")))
     args = dataclasses.replace(args, attack_lr=None, **(dict(global_q="joint") | options))
-    everything = torch.ones(num_lights, width, dtype=torch.bool, device=DEVICE)
-    env = SimpleNamespace(num_agents=num_lights, obs_mask=everything, cooperators=everything[:, 0], device=DEVICE)
+    everything, cpu = torch.ones(num_lights, width, dtype=torch.bool), torch.device("cpu")
+    env = SimpleNamespace(num_agents=num_lights, obs_mask=everything, cooperators=everything[:, 0], device=cpu)
     nets, _ = script.make_q(env, args)
-    streams = script.make_generators(3, 2, "test", DEVICE)
+    streams = script.make_generators(3, 2, "test", cpu)
     normal = partial(script.draw, torch.randn, generators=streams)
     for name, net in nets.items():
         net.flat.detach().mul_(3).add_(0.1 * normal(net.flat.view(2, -1, net.flat.shape[1]).shape[1:]).flatten(0, 1))
@@ -58,9 +58,12 @@ def tiny(num_lights=3, width=4, **options):
     std[:, 0, -1] = 0
     batch = {name: normal((N, M, width)) * (std > 0)[:, :, None] for name in ("obs", "next_obs")}
     batch |= {"joint": (normal((M, N)) > 0).long(), "rewards": normal((N, M))}
-    batch["terminated"] = (torch.arange(S * M, device=DEVICE).view(S, M) % 3 == 0).double()
+    batch["terminated"] = (torch.arange(S * M).view(S, M) % 3 == 0).double()
     unit = script.perturbation_unit(torch.stack([normal((N, width)), std], 2), args)
-    return args, env, nets, batch, script.draw_directions(streams, env, args), unit
+    noise = script.draw_directions(streams, env, args)
+    env = SimpleNamespace(**on(DEVICE, {"obs_mask": everything, "cooperators": everything[:, 0]}))
+    env.num_agents, env.device = num_lights, DEVICE
+    return args, env, *(on(DEVICE, x) for x in (nets, batch, noise, unit))
 
 
 def global_value(net, row, state, joint, args):
@@ -229,7 +232,7 @@ def test_hypergradient_is_the_derivative_of_the_whole_unroll(kind, form, diverge
         others = nets | {kind: script.MLP(flat, nets[kind].sizes)}
         return regularize(kind, others, batch, noise, unit, args, mode)[0].mean(2).sum()
 
-    direction = torch.randn(flat.shape, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
+    direction = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     whole, leader = (torch.autograd.grad(mean_reg(flat, m), flat)[0] for m in ("stackelberg", "adversarial"))
     measured = fourth_order(lambda step: mean_reg((flat + step * direction).detach()).item())
     assert (whole * direction).sum().item() == pytest.approx(measured, rel=1e-6)

@@ -149,7 +149,7 @@ def test_gradient_is_the_derivative_of_the_loss_with_the_others_held(player):
     seen = script.deceive(nets["adversary"], batch["obs"].transpose(1, 2), 0.5, env, args)
     present = script.squash(script.policy(nets["actor"], seen, env, args), env).transpose(1, 2).detach()
     batch, args.others_actions = batch | {"actions": present}, "replay"  # so that moving one moves no other
-    direction = torch.randn(flat.shape, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
+    direction = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
     def moved(h):
         net = script.MLP((flat + h * direction).detach(), nets[player].sizes)
