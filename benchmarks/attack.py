@@ -11,11 +11,12 @@ ernie_mappo.py's PPO. With `--space policy` (Sun et al. 2022, arXiv 2106.05087) 
 which the policy's output shall move, and projected ascent steps find the observation that moves it furthest that way:
 few numbers to learn, however large the observation is.
 
-Runs of ernie_maddpg.py, ernie_mappo.py (particles, drones) and ernie_coma.py (particles). Leaves learned_attack.csv in
-the run's folder: a row per attack, radius and seed.
+Runs of all five ERNIE scripts. Of traffic lights, episodes are short: what an adversary does shows within minutes.
+Leaves learned_attack.csv in the run's folder: a row per attack, radius and seed.
 """
 
 import csv
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,6 +59,12 @@ class Args:
     """Adam step size of the adversaries, linear to 0"""
     init_std: float = 0.5
     """standard deviation of their first actions, which are cut to [-1, 1]"""
+    seconds: int = 300
+    """traffic lights: length of an episode"""
+    warmup: int = 300
+    """traffic lights: seconds of random switching before it"""
+    compile: bool = False
+    """compile the environment step (torch.compile), which pays off for traffic lights"""
     seed: int = 1
     """seed of the adversaries"""
     cuda: bool = True
@@ -65,7 +72,8 @@ class Args:
 
     def __post_init__(self):
         for name, holds, rule in (
-            ("iterations num_envs eval_episodes ascent_steps", lambda v: v >= 1, "at least 1"),
+            ("iterations num_envs eval_episodes ascent_steps seconds", lambda v: v >= 1, "at least 1"),
+            ("warmup", lambda v: v >= 0, "0 or more"),
             ("learning_rate init_std", lambda v: v > 0, "above 0"),
             ("radius", lambda v: v and all(r > 0 for r in v), "one value or more above 0"),
             ("attack", lambda v: v and len(set(v)) == len(v), "one attack or more, each once"),
@@ -91,21 +99,44 @@ class Victim:
     """env, observations [S, N, M, O], radius, generators -> the worst observations"""
     unit: Tensor
     """one unit of radius in each entry of an observation [S or 1, N, 1, O]; 0 where nothing is perturbed"""
+    compile: bool
+    """compile the environment step"""
+    scale: float = 1.0
+    """of an agent's return to what the run's own report shows: of lights, the reward of all in a second"""
+
+    def __post_init__(self):
+        self.norm = getattr(self.args, "norm", "l2")
+        self.task = functools.cache(self.task)  # compiled once
+
+    def task(self, num_envs: int) -> tuple[object, Callable]:
+        """Environment, and its step."""
+        env = self.build(num_envs)
+        return env, torch.compile(env.step, fullgraph=True) if self.compile else env.step
 
 
-def load(run_dir: Path, device: torch.device) -> Victim:
+def load(run_dir: Path, device: torch.device, asked: Args) -> Victim:
     """Raises SystemExit, with one line, for what is no run of these scripts."""
     path = run_dir / "checkpoint.pt" if run_dir.is_dir() else run_dir
     try:
         name = torch.load(path, map_location="cpu", weights_only=True)["script"]
     except Exception as error:
         sys.exit(f"attack.py: error: {run_dir} is no readable run ({type(error).__name__})")
-    if name not in ("ernie_maddpg", "ernie_mappo", "ernie_coma"):
+    if not name.startswith("ernie_"):
         sys.exit(f"attack.py: error: {run_dir} is a run of {name}.py, which has no observations of this kind")
     script, args, state = certify.restore(name, run_dir)
+    traffic = name == "ernie_qcombo" or name == "ernie_coma" and args.is_traffic
+    if traffic:
+        args = script.replace(args, backend="torch")
+        build = partial(script.make_traffic, args, device=device, horizon=asked.seconds, warmup=asked.warmup)
+    else:
+        makers = {"ernie_maddpg": "make_env", "ernie_mappo": "make_task", "ernie_meanfield": "make_crowd_env"}
+        build = partial(getattr(script, makers.get(name, "make_particles")), args, device=device)
+    makers = {"ernie_maddpg": "make_nets", "ernie_mappo": "make_mappo", "ernie_coma": "make_coma"}
+    makers |= {"ernie_qcombo": "make_q", "ernie_meanfield": "make_mean_field"}
+    some = build(args.num_seeds)
+    nets, _ = getattr(script, makers[name])(some, args, state)
     if name == "ernie_maddpg":
-        build = partial(script.make_env, args, device=device)
-        nets, _ = script.make_nets(build(args.num_seeds), args, state)
+        unit = some.obs_mask[None, :, None] * 1.0
 
         def output(env, obs):
             return script.policy(nets["actor"], obs, env, args)
@@ -116,7 +147,20 @@ def load(run_dir: Path, device: torch.device) -> Victim:
         def mad(env, obs, radius, generators):
             return script.attack("mad", nets, obs, radius, generators, env, args)
 
-        return Victim(script, args, build, output, respond, mad, build(args.num_seeds).obs_mask[None, :, None] * 1.0)
+        return Victim(script, args, build, output, respond, mad, unit, asked.compile)
+    if name == "ernie_meanfield":  # there observations are [S, M, N, O], whose last entries, messages, are mute
+        unit = (torch.arange(some.obs_mask.shape[1], device=device) < 2 + 4 * some.num_agents)[None, None, None] * 1.0
+
+        def output(env, obs):
+            return script.act_on(nets, obs.transpose(1, 2), env, args).transpose(1, 2)
+
+        def respond(env, obs):
+            return script.squash_agents(output(env, obs).transpose(1, 2), env).flatten(0, 1)
+
+        def mad(env, obs, radius, generators):
+            return script.mad_attack(nets, obs.transpose(1, 2), radius, generators, env, args).transpose(1, 2)
+
+        return Victim(script, args, build, output, respond, mad, unit, asked.compile)
     norm = state["norm"].to(device)
     mean, std = norm[:, :, None].unbind(3)
 
@@ -124,9 +168,8 @@ def load(run_dir: Path, device: torch.device) -> Victim:
         return torch.where(std > 0, (obs - mean) / torch.where(std > 0, std, 1), 0).clamp(-10, 10)
 
     if name == "ernie_mappo":
-        build = partial(script.make_task, args, device=device)
-        nets, _ = script.make_mappo(build(args.num_seeds), args, state)
         unit = script.perturbation_unit(norm, script.replace(args, epsilon_units="raw"))
+        attack = script.attack_policies_mad
 
         def whole(env, obs):
             return script.policies(nets["actor"], normalize(obs), env, args)
@@ -137,16 +180,19 @@ def load(run_dir: Path, device: torch.device) -> Victim:
         def respond(env, obs):
             return script.to_step(script.choose(whole(env, obs), None, env), env)
 
-        attack = script.attack_policies_mad
-    elif args.is_traffic:
-        sys.exit(f"attack.py: error: {run_dir} is of traffic lights, which are not attacked here")
     else:
-        build = partial(script.make_particles, args, device=device)
-        nets, _ = script.make_coma(build(args.num_seeds), args, state)
-        unit, attack = script.perturbation_unit(norm, args), partial(script.attack_policies, "mad")
+        unit = script.perturbation_unit(norm, args)
+        if name == "ernie_coma":
+            attack = partial(script.attack_policies, "mad")
+        else:
 
-        def output(env, obs):
-            return script.policy(nets["actor"], normalize(obs), env, args)
+            def attack(nets, x, unit, radius, generators, env, args):
+                return script.attack_lights("mad", nets["local"], x, unit, radius, generators, args)
+
+        def output(env, obs):  # logits, or the values of a light's own Q
+            if name == "ernie_coma":
+                return script.policy(nets["actor"], normalize(obs), env, args)
+            return script.forward(nets["local"].layers(), normalize(obs), args.activation)
 
         def respond(env, obs):
             return output(env, obs).argmax(-1).transpose(1, 2).flatten(0, 1)
@@ -155,7 +201,8 @@ def load(run_dir: Path, device: torch.device) -> Victim:
         x = attack(nets, normalize(obs), unit, radius, generators, env, args)
         return torch.where(std > 0, mean + std * x, obs)
 
-    return Victim(script, args, build, output, respond, mad, unit * std)
+    scale = some.num_agents / asked.seconds if traffic else 1.0
+    return Victim(script, args, build, output, respond, mad, unit * std, asked.compile, scale)
 
 
 class Adversaries:
@@ -164,7 +211,8 @@ class Adversaries:
 
     def __init__(self, victim: Victim, num_envs: int, radius: float, args: Args):
         self.victim, self.radius, self.args, self.num_envs = victim, radius, args, num_envs
-        self.task = env = victim.build(num_envs)
+        self.task, self.advance = victim.task(num_envs)
+        env = self.task
         self.team, self.device, self.dtype = env.cooperators, env.device, env.dtype
         self.num_agents, self.horizon, self.discrete = int(env.cooperators.sum()), env.horizon, False
         self.obs_mask = env.obs_mask[self.team]
@@ -173,7 +221,8 @@ class Adversaries:
         self.cooperators = torch.ones_like(env.cooperators[self.team])
 
     def reset(self, generators):
-        state, obs = self.task.reset(generators)
+        warmup = (self.advance,) if hasattr(self.task, "warmup") else ()
+        state, obs = self.task.reset(generators, *warmup)
         return (state, obs), obs[:, self.team]
 
     def draw(self, generators):
@@ -181,7 +230,7 @@ class Adversaries:
 
     def perturb(self, obs: Tensor, choice: Tensor) -> Tensor:
         """Observations [S, N, M, O] of all agents with those of the team moved as `choice` [S, N, M, A] says."""
-        script, unit, norm = self.victim.script, self.victim.unit.to(obs.dtype), self.victim.args.norm
+        script, unit, norm = self.victim.script, self.victim.unit.to(obs.dtype), self.victim.norm
         live = unit * self.team[:, None, None]
         if self.args.space == "observation":
             delta = script.project(self.radius * choice * (live > 0), self.radius, norm)
@@ -200,7 +249,7 @@ class Adversaries:
         everybody[:, self.team] = action.to(obs.dtype)
         seen, choice = (x.unflatten(0, (S, -1)).transpose(1, 2) for x in (obs, everybody))
         joint = self.victim.respond(self.task, self.perturb(seen, choice))
-        state, obs, reward, terminated, truncated, info = self.task.step(state, joint, noise)
+        state, obs, reward, terminated, truncated, info = self.advance(state, joint, noise)
         paid = -reward[:, self.team].mean(1, keepdim=True).expand(-1, self.num_agents)
         return (state, obs), obs[:, self.team], paid, terminated, truncated, info
 
@@ -264,9 +313,9 @@ def returns(victim: Victim, attack: str, radius: float, args: Args, choices: Cal
             seen = seen + live * noise * radius / share.sqrt()
         elif attack == "mad":
             seen = victim.mad(env.task, seen, radius, extra)
-        world, everything, reward, *_ = env.task.step(world, victim.respond(env.task, seen), env.draw(streams))
+        world, everything, reward, *_ = env.advance(world, victim.respond(env.task, seen), env.draw(streams))
         state, total = (world, everything), total + reward[:, env.team].mean(1)
-    return total.unflatten(0, (S, -1)).mean(1)
+    return total.unflatten(0, (S, -1)).mean(1) * victim.scale
 
 
 def main() -> None:
@@ -274,10 +323,11 @@ def main() -> None:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
-    victim = load(args.run_dir, device)
+    victim = load(args.run_dir, device, args)
     points = [("clean", 0.0)] + [(attack, radius) for attack in args.attack for radius in args.radius]
     rows, seed = [], victim.args.seed
-    print(f"Return of the cooperating agents of {args.run_dir}: mean and 95% interval over seeds")
+    what = "Return of the cooperating agents" if victim.scale == 1 else "Reward of all lights in a second"
+    print(f"{what}, {args.run_dir}: mean and 95% interval over seeds")
     for attack, radius in points:
         choices = learn(victim, radius, args) if attack == "learned" else None
         values = returns(victim, attack, radius, args, choices).double().cpu().numpy()

@@ -15,27 +15,33 @@ import attack
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
-RUNS = {  # script: flags of a short run on a particle task
-    "ernie_maddpg": "--total-timesteps=2000 --learning-starts=1000 --eval-episodes=2 --hidden-size=16",
-    "ernie_mappo": "--env-id=simple_adversary_v3 --num-envs=8 --total-timesteps=400 --num-minibatches=2",
-    "ernie_coma": "--env-id=simple_spread_v3 --num-envs=8 --total-timesteps=800 --epsilon-units=raw",
-}
+LIGHTS = (
+    "--total-timesteps=800 --num-envs=2 --rollout-steps=20 --warmup=20 --horizon=100 --eval-warmup=2 --eval-seconds=2"
+)
+RUNS = (  # script, flags of a short run
+    ("ernie_maddpg", "--total-timesteps=2000 --learning-starts=1000 --hidden-size=16"),
+    ("ernie_mappo", "--env-id=simple_adversary_v3 --num-envs=8 --total-timesteps=400 --num-minibatches=2"),
+    ("ernie_coma", "--env-id=simple_spread_v3 --num-envs=8 --total-timesteps=800 --epsilon-units=raw"),
+    ("ernie_meanfield", "--total-timesteps=2000 --learning-starts=1000 --hidden-size=16 --num-agents=4"),
+    ("ernie_qcombo", LIGHTS),
+    ("ernie_coma", LIGHTS),
+)
+SHORT = {"seconds": 20, "warmup": 10}  # of the lights' episodes
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(scope="module", params=RUNS, ids=[f"{script}-{k}" for k, (script, _) in enumerate(RUNS)])
 def run_dir(request, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    flags = [*RUNS[request.param].split(), "--num-seeds=2", "--eval-episodes=2", "--no-track", f"--runs-dir={folder}"]
-    script = str(ROOT / f"{request.param}.py")
-    subprocess.run([sys.executable, script, *flags], check=True, capture_output=True, text=True)
+    folder, (script, flags) = tmp_path_factory.mktemp("runs"), request.param
+    flags = [*flags.split(), "--num-seeds=2", "--eval-episodes=2", "--no-track", f"--runs-dir={folder}"]
+    subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *flags], check=True, capture_output=True, text=True)
     (found,) = folder.iterdir()
     return found
 
 
 @pytest.mark.parametrize("space", ["policy", "observation"])
 def test_observations_stay_in_the_ball_and_opponents_see_clearly(run_dir, space):
-    victim, radius = attack.load(run_dir, CPU), 0.3
-    args = attack.Args(run_dir, space=space)
+    args, radius = attack.Args(run_dir, space=space, **SHORT), 0.3
+    victim = attack.load(run_dir, CPU, args)
     env = attack.Adversaries(victim, 2 * 8, radius, args)
     streams = attack.ernie_mappo.make_generators(1, 2, "test", CPU)
     (_, obs), seen = env.reset(streams)
@@ -52,28 +58,32 @@ def test_observations_stay_in_the_ball_and_opponents_see_clearly(run_dir, space)
 
 
 def test_a_direction_of_the_output_is_followed(run_dir):
-    victim = attack.load(run_dir, CPU)
-    env = attack.Adversaries(victim, 2 * 8, 0.3, attack.Args(run_dir))
+    args = attack.Args(run_dir, **SHORT)
+    victim = attack.load(run_dir, CPU, args)
+    env = attack.Adversaries(victim, 2 * 8, 0.3, args)
     _, obs = env.task.reset(attack.ernie_mappo.make_generators(1, 2, "test", CPU))
     obs = obs.unflatten(0, (2, -1)).transpose(1, 2)
     z = victim.output(env.task, obs)
     choice = torch.zeros_like(z)
     choice[..., 0] = 1
     gain = victim.output(env.task, env.perturb(obs, choice)) - z
-    assert (gain[:, env.team, :, 0] > -1e-6).all() and gain[:, env.team, :, 0].max() > 1e-4
     loss = victim.output(env.task, env.perturb(obs, -choice)) - z
-    assert (loss[:, env.team, :, 0] < 1e-6).all()
+    gain, loss = gain[:, env.team, :, 0], loss[:, env.team, :, 0]
+    most = 0.9 if hasattr(victim.args, "nearest_agents") else 1.0  # of whom an agent sees others once these move
+    assert (gain > -1e-6).float().mean() >= most and gain.max() > 1e-4
+    assert (loss < 1e-6).float().mean() >= most
 
 
 def test_undisturbed_returns_are_those_of_the_script(run_dir):
     """Radius 0, and an adversary that does nothing: the same episodes, the same return."""
-    victim, args = attack.load(run_dir, CPU), attack.Args(run_dir, eval_episodes=8)
+    args = attack.Args(run_dir, eval_episodes=8, **SHORT)
+    victim = attack.load(run_dir, CPU, args)
     clean = attack.returns(victim, "clean", 0.0, args)
     env = attack.Adversaries(victim, 2, 0.3, args)
     idle = torch.zeros(2 * 8, *env.action_mask.shape)
     assert torch.allclose(attack.returns(victim, "learned", 0.3, args, lambda env, obs: idle), clean)
     assert torch.allclose(attack.returns(victim, "gaussian", 0.0, args), clean)
-    assert not torch.allclose(attack.returns(victim, "gaussian", 1.0, args), clean)
+    assert not torch.allclose(attack.returns(victim, "gaussian", 20.0, args), clean)
 
 
 def test_the_adversary_learns_to_hurt(monkeypatch):
@@ -109,6 +119,7 @@ def test_the_adversary_learns_to_hurt(monkeypatch):
         lambda env, obs: -obs.transpose(1, 2).flatten(0, 1),
         None,
         torch.ones(1, 1, 1, 2),
+        compile=False,
     )
     for space in ("policy", "observation"):
         args = attack.Args(Path("."), space=space, iterations=30, num_envs=64, eval_episodes=64, learning_rate=5e-3)
@@ -120,7 +131,7 @@ def test_the_adversary_learns_to_hurt(monkeypatch):
 
 
 def test_as_a_user_starts_it(run_dir):
-    words = ["--radius=0.5", "--iterations=2", "--num-envs=4", "--eval-episodes=4"]
+    words = ["--radius=0.5", "--iterations=2", "--num-envs=4", "--eval-episodes=4", "--seconds=10", "--warmup=5"]
     command = [sys.executable, str(ROOT / "benchmarks" / "attack.py"), str(run_dir), *words]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert [line.split()[0] for line in out.splitlines()[1:]] == ["clean", "gaussian", "mad", "learned"]
