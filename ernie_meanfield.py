@@ -112,6 +112,8 @@ class Args:
     """Adam step size of actor and critic"""
     gamma: float = 0.95
     """discount factor"""
+    reward_scale: float | None = None
+    """factor on the rewards that the critic learns; default: 3 / N, as rewards are sums over N landmarks"""
     tau: float = 0.01
     """share by which the targets move at each update"""
     nearest_landmarks: int = 3
@@ -189,7 +191,7 @@ class Args:
             ),
             ("transport_steps reg_batch_size log_interval checkpoint_interval", lambda v: v >= 1, "at least 1"),
             ("eval_episodes", lambda v: v >= 1, "at least 1"),
-            ("learning_rate max_grad_norm attack_lr transport_beta", lambda v: v > 0, "above 0"),
+            ("learning_rate reward_scale max_grad_norm attack_lr transport_beta", lambda v: v > 0, "above 0"),
             (amounts, lambda v: v >= 0, "0 or more"),
             ("reg_coef transport_coef mean_action_epsilon", lambda v: v >= 0, "0 or more"),
             ("learning_starts", lambda v: v < self.total_timesteps, "below --total-timesteps"),
@@ -203,6 +205,8 @@ class Args:
                     raise ValueError(f"--{name.replace('_', '-')} must be {rule}, got {value!r}")
         if self.attack_lr is None:
             self.attack_lr = 1.0 if self.attack_steps <= 1 else 2.5 / self.attack_steps
+        if self.reward_scale is None:
+            self.reward_scale = 3 / self.num_agents
         if self.eval_episodes is None:
             self.eval_episodes = max(1, 3000 // self.num_agents)
 
@@ -516,7 +520,7 @@ def project(delta: Tensor, epsilon: float, norm: str) -> Tensor:
 
 
 def mean_field_critic_loss(nets: Nets, batch: Batch, noise: Batch, env, args: Args):
-    """Squared TD error plus lambda R_W at the policy's actions: loss, metrics. ALGO LOGIC: y_n = r_n + gamma (1 -
+    """Squared TD error plus lambda R_W at the policy's actions: loss, metrics. ALGO LOGIC: y_n = scale r_n + gamma (1 -
     terminated) Q'(s'_n, d_s', a'_n, mean of the others' a'), a' from the target actor."""
     with torch.no_grad():
         after = {"own": batch["next_own"], "landmarks": batch["landmarks"]}
@@ -524,7 +528,7 @@ def mean_field_critic_loss(nets: Nets, batch: Batch, noise: Batch, env, args: Ar
         action = squash_agents(respond(nets, "actor_target", after["own"], crowd, after["landmarks"], args), env)
         discount = args.gamma * (1 - batch["terminated"]).unsqueeze(-1)
         q = mean_field_q(nets, "critic_target", after, crowd, action, others_mean(action), args)
-        target = batch["rewards"] + discount * q
+        target = args.reward_scale * batch["rewards"] + discount * q
     action, crowd = batch["actions"], crowd_of(batch["own"])
     q = mean_field_q(nets, "critic", batch, crowd, action, others_mean(action), args)
     loss = (q - target).square().mean((1, 2))  # [S]

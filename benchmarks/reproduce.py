@@ -123,7 +123,7 @@ def crowd(num_agents: int) -> Study:
     """Mean-field methods at the point of three that all of them chose with three agents, and MADDPG. Minibatches hold
     as many samples of all agents for every N."""
     flags = f"--num-agents={num_agents} --batch-size={1536 // num_agents} --total-timesteps=100000"
-    flags += " --steps-per-update=25 --attack-steps=1"
+    flags += " --steps-per-update=25 --attack-steps=1" + f" --eval-episodes={1000 // num_agents}" * (num_agents > 6)
     own = f" --reg-batch-size={max(8, 96 // num_agents)} --transport-steps=50 --eval-agents 3 6 15 30"
     methods = grids_of((0.3, 1.0))
     methods = {name: (points[0] + own,) for name, points in methods.items()}

@@ -576,7 +576,7 @@ def test_critic_loss_written_out():
         own, after, marks = batch["own"][s, m], batch["next_own"][s, m], batch["landmarks"][s, m, 0]
         then, _ = greedy(nets, "actor_target", s, after, marks, env)
         for n in range(4):
-            target = batch["rewards"][s, m, n]
+            target = 0.75 * batch["rewards"][s, m, n]  # 3 / N
             if not batch["terminated"][s, m]:
                 target = target + 0.9 * q_of(nets, "critic_target", s, n, after, marks, then, then)
             action = batch["actions"][s, m]
@@ -1095,7 +1095,9 @@ BAD_VALUES = {
     **dict.fromkeys(["num_seeds", "num_threads", "total_timesteps", "num_envs", "steps_per_update"], 0),
     **dict.fromkeys(["buffer_size", "batch_size", "hidden_size", "reg_batch_size", "transport_steps"], 0),
     **dict.fromkeys(["log_interval", "checkpoint_interval", "eval_episodes"], 0),
-    **dict.fromkeys(["learning_rate", "max_grad_norm", "attack_lr", "transport_beta", "attack_init"], 0.0),
+    **dict.fromkeys(
+        ["learning_rate", "reward_scale", "max_grad_norm", "attack_lr", "transport_beta", "attack_init"], 0.0
+    ),
     **dict.fromkeys(["seed", "learning_starts", "attack_steps"], -1),
     **dict.fromkeys(["exploration_noise", "policy_l2", "epsilon", "transport_coef", "mean_action_epsilon"], -0.1),
     **{"exploration_noise_end": math.nan, "reg_coef": math.inf, "gamma": 1.5, "tau": -0.1},
@@ -1139,6 +1141,7 @@ def test_values_that_do_not_go_together(monkeypatch, capsys, tmp_path):
 
 def test_defaults_follow_the_number_of_agents_and_steps():
     assert [Args(num_agents=n).eval_episodes for n in (3, 6, 30)] == [1000, 500, 100]
+    assert [Args(num_agents=n).reward_scale for n in (3, 6, 30)] == [1.0, 0.5, 0.1]
     assert [Args(attack_steps=k).attack_lr for k in (0, 1, 5)] == [1.0, 1.0, 0.5]
 
 
