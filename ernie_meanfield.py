@@ -113,7 +113,7 @@ class Args:
     gamma: float = 0.95
     """discount factor"""
     reward_scale: float | None = None
-    """factor on the rewards that the critic learns; default: 3 / N, as rewards are sums over N landmarks"""
+    """factor on the rewards that the critic learns; default: 1 / N, as rewards are sums over N landmarks"""
     tau: float = 0.01
     """share by which the targets move at each update"""
     nearest_landmarks: int = 3
@@ -206,7 +206,7 @@ class Args:
         if self.attack_lr is None:
             self.attack_lr = 1.0 if self.attack_steps <= 1 else 2.5 / self.attack_steps
         if self.reward_scale is None:
-            self.reward_scale = 3 / self.num_agents
+            self.reward_scale = 1 / self.num_agents
         if self.eval_episodes is None:
             self.eval_episodes = max(1, 3000 // self.num_agents)
 

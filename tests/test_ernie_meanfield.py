@@ -576,7 +576,7 @@ def test_critic_loss_written_out():
         own, after, marks = batch["own"][s, m], batch["next_own"][s, m], batch["landmarks"][s, m, 0]
         then, _ = greedy(nets, "actor_target", s, after, marks, env)
         for n in range(4):
-            target = 0.75 * batch["rewards"][s, m, n]  # 3 / N
+            target = 0.25 * batch["rewards"][s, m, n]  # 1 / N
             if not batch["terminated"][s, m]:
                 target = target + 0.9 * q_of(nets, "critic_target", s, n, after, marks, then, then)
             action = batch["actions"][s, m]
@@ -1141,7 +1141,7 @@ def test_values_that_do_not_go_together(monkeypatch, capsys, tmp_path):
 
 def test_defaults_follow_the_number_of_agents_and_steps():
     assert [Args(num_agents=n).eval_episodes for n in (3, 6, 30)] == [1000, 500, 100]
-    assert [Args(num_agents=n).reward_scale for n in (3, 6, 30)] == [1.0, 0.5, 0.1]
+    assert [Args(num_agents=n).reward_scale for n in (3, 6, 30)] == [1 / 3, 1 / 6, 1 / 30]
     assert [Args(attack_steps=k).attack_lr for k in (0, 1, 5)] == [1.0, 1.0, 0.5]
 
 
