@@ -128,6 +128,8 @@ def crowd(num_agents: int) -> Study:
     own += " --compile" * (num_agents > 15)  # half the time of an update
     methods = grids_of((0.3, 0.1), (0.3, 1.0))
     methods = {name: tuple(point + own for point in points) for name, points in methods.items()}
+    if num_agents > 3:  # what they chose
+        methods = {name: points[-1:] if name == "stackelberg" else points[:1] for name, points in methods.items()}
     if num_agents <= 15:
         methods["maddpg"] = ("--regularizer=none",)
     if num_agents <= 6:
