@@ -101,8 +101,10 @@ class Victim:
     """one unit of radius in each entry of an observation [S or 1, N, 1, O]; 0 where nothing is perturbed"""
     compile: bool
     """compile the environment step"""
+    measure: str = "Return of the cooperating agents"
+    """what the run's own report shows"""
     scale: float = 1.0
-    """of an agent's return to what the run's own report shows: of lights, the reward of all in a second"""
+    """of an agent's return to that"""
 
     def __post_init__(self):
         self.norm = getattr(self.args, "norm", "l2")
@@ -124,17 +126,12 @@ def load(run_dir: Path, device: torch.device, asked: Args) -> Victim:
     if not name.startswith("ernie_"):
         sys.exit(f"attack.py: error: {run_dir} is a run of {name}.py, which has no observations of this kind")
     script, args, state = certify.restore(name, run_dir)
-    traffic = name == "ernie_qcombo" or name == "ernie_coma" and args.is_traffic
-    if traffic:
-        args = script.replace(args, backend="torch")
-        build = partial(script.make_traffic, args, device=device, horizon=asked.seconds, warmup=asked.warmup)
-    else:
-        makers = {"ernie_maddpg": "make_env", "ernie_mappo": "make_task", "ernie_meanfield": "make_crowd_env"}
-        build = partial(getattr(script, makers.get(name, "make_particles")), args, device=device)
-    makers = {"ernie_maddpg": "make_nets", "ernie_mappo": "make_mappo", "ernie_coma": "make_coma"}
-    makers |= {"ernie_qcombo": "make_q", "ernie_meanfield": "make_mean_field"}
+    lights = {}
+    if certify.is_traffic(script, args):
+        args, lights = script.replace(args, backend="torch"), {"horizon": asked.seconds, "warmup": asked.warmup}
+    build, make = certify.makers(script, args, device=device, **lights)
     some = build(args.num_seeds)
-    nets, _ = getattr(script, makers[name])(some, args, state)
+    nets, _ = make(some, args, state)
     if name == "ernie_maddpg":
         unit = some.obs_mask[None, :, None] * 1.0
 
@@ -201,8 +198,10 @@ def load(run_dir: Path, device: torch.device, asked: Args) -> Victim:
         x = attack(nets, normalize(obs), unit, radius, generators, env, args)
         return torch.where(std > 0, mean + std * x, obs)
 
-    scale = some.num_agents / asked.seconds if traffic else 1.0
-    return Victim(script, args, build, output, respond, mad, unit * std, asked.compile, scale)
+    victim = Victim(script, args, build, output, respond, mad, unit * std, asked.compile)
+    if lights:
+        victim.measure, victim.scale = "Reward of all lights in a second", some.num_agents / asked.seconds
+    return victim
 
 
 class Adversaries:
@@ -326,8 +325,7 @@ def main() -> None:
     victim = load(args.run_dir, device, args)
     points = [("clean", 0.0)] + [(attack, radius) for attack in args.attack for radius in args.radius]
     rows, seed = [], victim.args.seed
-    what = "Return of the cooperating agents" if victim.scale == 1 else "Reward of all lights in a second"
-    print(f"{what}, {args.run_dir}: mean and 95% interval over seeds")
+    print(f"{victim.measure}, {args.run_dir}: mean and 95% interval over seeds")
     for attack, radius in points:
         choices = learn(victim, radius, args) if attack == "learned" else None
         values = returns(victim, attack, radius, args, choices).double().cpu().numpy()

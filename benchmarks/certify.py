@@ -124,21 +124,28 @@ def restore(name: str, folder: Path, *flags: str):
     return script, args, state
 
 
+def is_traffic(script, args) -> bool:
+    return script.__name__ == "ernie_qcombo" or script.__name__ == "ernie_coma" and args.is_traffic
+
+
+def makers(script, args, **fields) -> tuple[Callable, Callable]:
+    """What builds the environments of a run, with these `fields`, and what makes its networks."""
+    name = script.__name__
+    environments = {"ernie_maddpg": "make_env", "ernie_mappo": "make_task", "ernie_meanfield": "make_crowd_env"}
+    networks = {"ernie_maddpg": "make_nets", "ernie_mappo": "make_mappo", "ernie_coma": "make_coma"}
+    networks |= {"ernie_qcombo": "make_q", "ernie_meanfield": "make_mean_field"}
+    build = getattr(script, "make_traffic" if is_traffic(script, args) else environments.get(name, "make_particles"))
+    return partial(build, args, **fields), getattr(script, networks[name])
+
+
 def load(folder: Path, asked: Args) -> Run:
     """Environments, networks and norm of a run."""
     name = script_of(folder)
     script, args, state = restore(name, folder, "--no-cuda")
     device = script.setup(args)
     args = replace(args, eval_episodes=asked.episodes or args.eval_episodes)
-    if name == "ernie_maddpg":
-        build, make = partial(script.make_env, args), script.make_nets
-    elif name == "ernie_mappo":
-        build, make = partial(script.make_task, args), script.make_mappo
-    elif name == "ernie_qcombo" or args.is_traffic:
-        build = partial(script.make_traffic, args, horizon=args.eval_seconds, warmup=args.eval_warmup)
-        make = script.make_q if name == "ernie_qcombo" else script.make_coma
-    else:
-        build, make = partial(script.make_particles, args), script.make_coma
+    lights = {"horizon": args.eval_seconds, "warmup": args.eval_warmup} if is_traffic(script, args) else {}
+    build, make = makers(script, args, **lights)
     enough = math.ceil(asked.samples / build(num_envs=1, device=device).horizon)
     env = build(num_envs=args.num_seeds * max(args.eval_episodes, enough), device=device)
     nets, _ = make(env, args, state)
