@@ -16,476 +16,443 @@ projection after every step, 8 random start, 16-21 sequential greedy ERNIE-A in 
 actions by the run's own global Q, 34 target networks (--tau 1: none), 35 greedy actions of the next step, 36 mean
 instead of sum, 37 the individual Q-functions are regularised, 39 Gaussian noise of mean length epsilon, 41 mean reward.
 
-Axes: S seeds, N agents (lights), B environments of a seed, T steps of a rollout, M minibatch, O observation, A action;
-in evaluation P points, E episodes, L lights.
+Axes: S seeds, N agents (lights), M samples of a minibatch (B environments in a rollout), R of them that are perturbed,
+T steps of a rollout, O observation, A = 2 actions. What an agent sees, does and is worth is [S, N, M, ...]; the state,
+which the global Q sees, is [S, 1, M, N * O], and C joint actions in each are [S, M, C, N].
 """
 
-import contextlib
-import csv
-import io
-import itertools
 import json
 import math
 import os
-import re
 import signal
-import subprocess
-import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import numpy as np
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below prints no traceback
+
+import pydantic.dataclasses
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-import tyro
-from matplotlib.figure import Figure
-from PIL import Image
-from scipy import stats
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
-from tqdm import tqdm
 
 import envs
-from envs import perturb, sumo, traffic
+from envs import Env, perturb, robustness, runs, sumo, traffic
+from envs.runs import Name, Share, Threads
 
+Batch = dict[str, Tensor]  # samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
-Batch = dict[str, Tensor]  # a minibatch, the random numbers of an update, or metrics [S]
-RANK = int(os.environ.get("RANK", "0"))  # of this process under torchrun
-CHECKPOINT = "checkpoint.pt" if RANK == 0 else f"checkpoint_rank{RANK}.pt"
+Nets = dict[str, "MLP | Normalizer"]  # local, global, local_target, global_target, normalizer
+Side = Annotated[int, Field(ge=1, le=64)]  # of a grid, lights
+Flow = Annotated[float, Field(ge=0, le=3600)] | Literal[*traffic.FLOWS]
 
 
-@dataclass
+@pydantic.dataclasses.dataclass(config={"allow_inf_nan": False})
 class Args:
-    exp_name: str = Path(__file__).stem
-    """name of this experiment"""
-    seed: int = 1
-    """seed of the first run; run k uses seed + k"""
-    num_seeds: int = 1
-    """S, independent runs trained side by side (paper: five, ten for percentiles)"""
-    torch_deterministic: bool = True
-    """deterministic algorithms only: same seed, same machine, same numbers"""
-    cuda: bool = True
-    """use the GPU if there is one"""
-    num_threads: int = 1
-    """CPU threads; with more than one set OMP_WAIT_POLICY=PASSIVE, or one busy core stalls all of them"""
-    compile: bool = False
-    """compile the environment step, on a GPU the loss too (torch.compile): half a minute per shape, then 9x as fast"""
-    runs_dir: str = "runs"
-    """folder that receives a folder per run"""
-    resume: str | None = None
-    """run folder or checkpoint file to continue; all other flags are read from it"""
-    evaluate: str | None = None
-    """run folder or checkpoint file whose policies are evaluated again, without training"""
+    # Experiment
+    exp_name: Name = Path(__file__).stem  # name of this experiment
+    seed: NonNegativeInt = 1  # seed of the first run; run k uses seed + k
+    num_seeds: PositiveInt = 1  # S, independent runs trained side by side (paper: five, ten for percentiles)
+    torch_deterministic: bool = True  # deterministic algorithms only: same seed, same machine, same numbers
+    cuda: bool = True  # use the GPU if there is one
+    num_threads: Threads = 1  # CPU threads; with more set OMP_WAIT_POLICY=PASSIVE, or one busy core stalls all
+    compile: bool = False  # torch.compile the environment step (half a minute, then 9x as fast) and, on a GPU, the loss
+    runs_dir: str = "runs"  # folder that receives a folder per run
+    resume: str | None = None  # run folder to continue; other flags are read from it
+    evaluate: str | None = None  # run folder or policy file whose policies are evaluated again, without training
     backend: Literal["torch", "sumo"] = "torch"
     """with --evaluate: the batched simulator or SUMO (requirements-sumo.txt), a process per environment"""
-    capture_video: bool = False
-    """write a GIF of the trained lights"""
-    track: bool = True
-    """log to Weights & Biases, one run per seed"""
-    wandb_mode: Literal["offline", "online", "disabled"] = "offline"
-    """offline needs no account; `wandb sync` uploads later"""
-    wandb_project_name: str = "robust-marl"
-    """Weights & Biases project"""
-    wandb_entity: str | None = None
-    """Weights & Biases team"""
+    capture_video: bool = False  # write a GIF of the trained lights
+    log_interval: PositiveInt = 32_000  # environment steps between two rows of metrics.csv
+    checkpoint_interval: PositiveInt = 64_000  # environment steps between two checkpoints
+    eval_episodes: PositiveInt = 4  # episodes of one seed at each point of the robustness report
+    eval_warmup: NonNegativeInt = 1000  # seconds of random switching before an evaluation (paper: 1,000)
+    eval_seconds: PositiveInt = 1000  # seconds of an evaluation (paper: 4,000)
+    wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account; `wandb sync` later
+    wandb_project_name: str = "robust-marl"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases team
 
+    # QCOMBO
     env_id: Literal["traffic_grid_v0", "traffic_irregular_v0", "traffic_atlanta_v0"] = "traffic_grid_v0"
     """network and flow"""
-    rows: int | None = None
-    """rows of lights; default: the task's own (traffic_grid_v0: 2)"""
-    cols: int | None = None
-    """columns of lights; default: the task's own"""
-    flow: tuple[float | str, ...] = ()
-    """cars per hour: train, flow1 ... flow5 (paper, table 1), one number, or one per entry; default: the task's own"""
-    model: Literal["idm", "krauss"] = "idm"
-    """car-following model (paper's code: idm)"""
-    total_timesteps: int = 320_000
-    """environment steps (seconds) of one seed (paper: 15,000)"""
-    num_envs: int = 32
-    """B, environments of one seed that step together (paper: 1)"""
-    horizon: int = 2000
-    """seconds of an episode (paper: 3,000)"""
-    warmup: int = 1000
+    rows: Side | None = None  # rows of lights; default: the task's own (traffic_grid_v0: 2)
+    cols: Side | None = None  # columns of lights; default: the task's own
+    flow: tuple[Flow, ...] = ()
+    """cars per hour: train or a flow of the paper's table 1, one number, or one per entry; default: the task's own"""
+    model: Literal["idm", "krauss"] = "idm"  # car-following model (paper's code: idm)
+    total_timesteps: PositiveInt = 320_000  # environment steps (seconds) of one seed (paper: 15,000)
+    num_envs: PositiveInt = 32  # B, environments of one seed that step together (paper: 1)
+    horizon: PositiveInt = 2000  # seconds of an episode (paper: 3,000)
+    warmup: PositiveInt = 1000
     """of these, seconds of random switching at the start; learning begins after the first (paper's code: 1,000)"""
-    rollout_steps: int = 10
-    """seconds between updates (paper's code: 10)"""
-    updates_per_rollout: int = 8
-    """minibatches after each rollout (paper's code: 100)"""
-    buffer_size: int = 250_000
-    """replay capacity of one seed in environment steps (paper's code: 30,000)"""
-    batch_size: int = 128
-    """M, transitions per minibatch (paper's code: 30)"""
-    learning_rate: float = 1e-3
-    """Adam step size (paper's code: 1e-4)"""
-    anneal_lr: bool = True
-    """let the step size fall linearly to 0"""
-    gamma: float = 0.995
-    """discount factor of a second (paper's code: 0.95)"""
-    tau: float = 0.03
-    """share by which the targets move at each update; 1: no target networks (paper's formulas)"""
-    hidden_size: int = 128
-    """width of the two hidden layers (paper: 256; its code: 64)"""
-    activation: Literal["relu", "silu", "tanh"] = "relu"
-    """hidden activation"""
-    exploration: float = 0.02
-    """probability of a random action at the start (paper's code: 0.05)"""
-    exploration_end: float = 0.0
-    """the same at the end, linear in between"""
-    reward_scale: float = 0.01
-    """factor on the rewards that are learnt from"""
-    team_reward: Literal["mean", "sum"] = "mean"
-    """the global reward and value are the mean or the sum of the individual ones"""
-    consistency_coef: float = 1.7
-    """lambda_Q, weight of the consistency regulariser (paper's code: 1.7)"""
+    rollout_steps: PositiveInt = 10  # T, seconds between updates (paper's code: 10)
+    updates_per_rollout: PositiveInt = 8  # minibatches after each rollout (paper's code: 100)
+    buffer_size: PositiveInt = 250_000  # replay capacity of one seed in environment steps (paper's code: 30,000)
+    batch_size: PositiveInt = 128  # M, transitions per minibatch (paper's code: 30)
+    learning_rate: PositiveFloat = 1e-3  # Adam step size (paper's code: 1e-4)
+    anneal_lr: bool = True  # let the step size fall linearly to 0
+    gamma: Share = 0.995  # discount factor of a second (paper's code: 0.95)
+    tau: Share = 0.03  # share by which the targets move at each update; 1: no target networks (paper's formulas)
+    hidden_size: PositiveInt = 128  # width of the two hidden layers (paper: 256; its code: 64)
+    activation: Literal["relu", "silu", "tanh"] = "relu"  # hidden activation
+    exploration: Share = 0.02  # probability of a random action at the start (paper's code: 0.05)
+    exploration_end: Share = 0.0  # the same at the end, linear in between
+    reward_scale: PositiveFloat = 0.01  # factor on the rewards that are learnt from
+    team_reward: Literal["mean", "sum"] = "mean"  # of the individual rewards and values: the global ones
+    consistency_coef: NonNegativeFloat = 1.7  # lambda_Q, weight of the consistency regulariser (paper's code: 1.7)
     global_q: Literal["auto", "joint", "action_in"] = "auto"
     """global Q with an output per joint action, or with the actions as inputs; auto: joint up to six lights"""
-    max_grad_norm: float = 10.0
-    """the gradient of each network of each seed is clipped to this norm"""
+    max_grad_norm: PositiveFloat = 10.0  # the gradient of each network of each seed is clipped to this norm
 
+    # ERNIE
     regularizer: Literal["none", "gaussian", "random", "adversarial", "stackelberg"] = "stackelberg"
     """none: QCOMBO; gaussian: appendix H; random: a direction of length epsilon; adversarial: Eq. 4; stackelberg: 6"""
     regularize: Literal["local", "global", "both"] = "local"
     """which Q-functions are regularised: the individual ones (paper), the global one (its code), or both"""
-    epsilon: float = 0.1
-    """radius of the perturbation ball"""
-    epsilon_units: Literal["raw", "std"] = "std"
-    """unit of epsilon: the observation's own, or each entry's standard deviation under random switching"""
-    norm: Literal["l2", "linf"] = "l2"
-    """norm of the ball"""
-    attack_steps: int = 3
-    """K, ascent steps; 0 is the baseline"""
-    attack_lr: float | None = None
-    """eta, length of an l2-normalised ascent step in units of epsilon; default: 1 if K = 1, else 2.5 / K"""
-    attack_init: float = 0.5
-    """length of the random start in units of epsilon (at 0 the divergence has no gradient)"""
-    reg_coef: float = 0.01
-    """lambda, weight of the regulariser"""
-    reg_batch_size: int = 128
-    """samples of the minibatch on which the regulariser is estimated"""
-    divergence: Literal["l2", "kl", "l2_probs"] = "l2"
-    """D: squared l2 of Q-values (paper); KL or squared l2 of their softmax"""
-    detach_reference: bool = False
-    """treat the clean Q in D as a constant"""
-    gaussian_std: float | None = None
-    """standard deviation of the gaussian mode; default: mean length epsilon (the paper's text: 1)"""
-    action_reg_coef: float = 0.0
-    """lambda_A, weight of ERNIE-A (Eq. 7) in the loss of the global Q"""
-    malicious_agents: int = 1
-    """ERNIE-A: so many lights act otherwise (K of Eq. 7)"""
-
-    log_interval: int = 32_000
-    """environment steps between two rows of metrics.csv"""
-    checkpoint_interval: int = 64_000
-    """environment steps between two checkpoints"""
-    eval_episodes: int = 4
-    """episodes of one seed at each point of the robustness report"""
-    eval_warmup: int = 1000
-    """seconds of random switching before an evaluation (paper: 1,000)"""
-    eval_seconds: int = 1000
-    """seconds of an evaluation (paper: 4,000)"""
+    epsilon: NonNegativeFloat = 0.1  # radius of the perturbation ball
+    epsilon_units: Literal["raw", "std"] = "std"  # of the observation, or its standard deviation in the first warm-up
+    norm: Literal["l2", "linf"] = "l2"  # norm of the ball
+    attack_steps: NonNegativeInt = 3  # K, ascent steps; 0 is the baseline
+    attack_lr: PositiveFloat | None = None  # eta, length of an ascent step / epsilon; default: 1 if K = 1, else 2.5 / K
+    reg_coef: NonNegativeFloat = 0.01  # lambda, weight of the regulariser
+    reg_batch_size: PositiveInt = 128  # R, samples of the minibatch on which the regulariser is estimated
+    divergence: Literal["l2", "kl", "l2_probs"] = "l2"  # D: squared l2 of Q-values (paper); KL or l2 of their softmax
+    action_reg_coef: NonNegativeFloat = 0.0  # lambda_A, weight of ERNIE-A (Eq. 7) in the loss of the global Q
+    malicious_agents: PositiveInt = 1  # ERNIE-A: so many lights act otherwise (K of Eq. 7)
 
     def __post_init__(self):
-        floats = " ".join(name for name, value in asdict(self).items() if isinstance(value, float))
-        counts = "num_seeds num_threads rows cols total_timesteps num_envs horizon warmup rollout_steps buffer_size"
-        amounts = "seed updates_per_rollout exploration exploration_end consistency_coef epsilon attack_steps"
-        divides = "a multiple of --rollout-steps"
-        for names, holds, rule in (
-            (floats, math.isfinite, "a finite number"),
-            (counts, lambda v: v >= 1, "at least 1"),
-            ("batch_size hidden_size reg_batch_size malicious_agents", lambda v: v >= 1, "at least 1"),
-            ("log_interval checkpoint_interval eval_episodes eval_seconds", lambda v: v >= 1, "at least 1"),
-            ("learning_rate reward_scale max_grad_norm attack_lr gaussian_std", lambda v: v > 0, "above 0"),
-            (amounts, lambda v: v >= 0, "0 or more"),
-            ("reg_coef action_reg_coef eval_warmup", lambda v: v >= 0, "0 or more"),
-            ("horizon warmup", lambda v: v % self.rollout_steps == 0, divides),
-            ("warmup", lambda v: v < self.horizon, "below --horizon"),
-            ("total_timesteps", lambda v: v > self.warmup * self.num_envs, "above --warmup times --num-envs"),
-            (
-                "buffer_size",
-                lambda v: v >= self.num_envs * self.rollout_steps,
-                "at least --num-envs times --rollout-steps",
-            ),
-            ("exploration exploration_end gamma tau", lambda v: 0 <= v <= 1, "between 0 and 1"),
-            ("attack_init", lambda v: 0 < v <= 1, "above 0 and at most 1"),
-            ("flow", lambda v: len(v) < 2 or not any(isinstance(rate, str) for rate in v), "a name, or numbers"),
-            ("backend", lambda v: v == "torch" or self.evaluate, "torch unless --evaluate is given"),
-            ("resume", lambda v: not self.evaluate, "left out with --evaluate"),
-        ):
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not holds(value):
-                    raise ValueError(f"--{name.replace('_', '-')} must be {rule}, got {value!r}")
+        num_lights = math.prod(self.grid)
+        if self.global_q == "auto":
+            self.global_q = "joint" if num_lights <= 6 else "action_in"
         if self.attack_lr is None:
             self.attack_lr = 1.0 if self.attack_steps <= 1 else 2.5 / self.attack_steps
+        is_numbers = all(isinstance(rate, float) for rate in self.flow)
+        has_two_values = self.global_q == "joint" or self.regularize == "local"
+        at_once = self.num_envs * self.rollout_steps
+        rules = (
+            ("backend", self.backend == "torch" or self.evaluate, "torch unless --evaluate is given"),
+            ("flow", is_numbers or len(self.flow) == 1, "a name, or numbers"),
+            ("horizon", self.horizon % self.rollout_steps == 0, "a multiple of --rollout-steps"),
+            ("warmup", self.warmup % self.rollout_steps == 0, "a multiple of --rollout-steps"),
+            ("warmup", self.warmup < self.horizon, "below --horizon"),
+            ("total_timesteps", self.total_timesteps > self.warmup * self.num_envs, "above --warmup times --num-envs"),
+            ("buffer_size", self.buffer_size >= at_once, "at least --num-envs times --rollout-steps"),
+            ("malicious_agents", self.malicious_agents <= num_lights, f"at most the number of lights, {num_lights}"),
+            ("global_q", self.global_q == "action_in" or num_lights <= 12, "action_in with more than 12 lights"),
+            (
+                "divergence",
+                has_two_values or self.divergence == "l2",
+                "l2 where a global Q of one output is regularised",
+            ),
+        )
+        for name, holds, rule in rules:
+            if not holds:
+                raise ValueError(f"--{name.replace('_', '-')} must be {rule}, got {getattr(self, name)}")
 
     @property
-    def regularized(self) -> bool:
-        """Whether the regulariser does anything: with K, epsilon or lambda at 0 this is QCOMBO, at its speed."""
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.num_seeds)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of lights."""
+        task = {"rows": 2, "cols": 2} | traffic.TASKS[self.env_id]
+        return self.rows or task["rows"], self.cols or task["cols"]
+
+    @property
+    def regularized(self) -> list[str]:
+        """Which Q-functions; with K, epsilon or lambda at 0 none: this is QCOMBO, at its speed."""
         idle = self.regularizer in ("adversarial", "stackelberg") and self.attack_steps == 0
-        return self.regularizer != "none" and self.reg_coef * self.epsilon > 0 and not idle
+        if self.regularizer == "none" or self.reg_coef * self.epsilon == 0 or idle:
+            return []
+        return ["local", "global"] if self.regularize == "both" else [self.regularize]
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Networks: the MLPs of all agents and seeds are one batched MLP
+# Networks
 
 ACTIVATIONS = {"relu": torch.relu_, "silu": F.silu, "tanh": torch.tanh_}  # in place where the output gives the slope
 
 
-def make_generators(seed: int, num_seeds: int, purpose: str, device: torch.device, rank: int = 0) -> Generators:
-    """A random stream per seed and purpose, so that no run depends on how many others train beside it."""
-    entropy = [[seed + k, rank, *purpose.encode()] for k in range(num_seeds)]
-    states = [int(np.random.SeedSequence(e).generate_state(1, np.uint64)[0] >> 1) for e in entropy]
-    return [torch.Generator(device).manual_seed(state) for state in states]
-
-
-def draw(kind: Callable, shape: tuple[int, ...], generators: Generators) -> Tensor:
-    """torch.rand, torch.randn or gumbel of `shape` from each seed's generator: [S, *shape]."""
-    return torch.stack([kind(shape, generator=g, device=g.device) for g in generators])
-
-
 @dataclass
 class MLP:
-    """S*N networks in one tensor: `flat` [S*N, K] has the weights and biases of a network in a row, K a multiple of 16,
-    so that vectorised elementwise operations round every seed alike."""
+    """S*N networks evaluated at once. `flat` [S*N, K] has all weights and biases of a network in a row: one tensor to
+    optimise, to clip row by row and to average into a target. K is a multiple of 16, so that vectorised elementwise
+    operations round every row alike and a seed's numbers do not depend on the seeds beside it."""
 
     flat: Tensor
     sizes: list[int]
+    activation: str
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """(weight [S*N, out, in], bias [S*N, out, 1]) of each layer, views of `flat`."""
-        shapes = [shape for n_in, n_out in zip(self.sizes, self.sizes[1:]) for shape in ((n_out, n_in), (n_out, 1))]
-        counts = [n_out * columns for n_out, columns in shapes]
-        parts = self.flat.split([*counts, self.flat.shape[1] - sum(counts)], 1)
+        shapes = []
+        for n_in, n_out in pairwise(self.sizes):
+            shapes += [(n_out, n_in), (n_out, 1)]
+        counts = [math.prod(shape) for shape in shapes]
+        padding = self.flat.shape[1] - sum(counts)
+        parts = self.flat.split([*counts, padding], 1)
         views = [part.unflatten(1, shape) for part, shape in zip(parts, shapes)]
         return list(zip(views[::2], views[1::2]))
 
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Inputs in blocks side by side, each [S, N, M, in], or [S, 1, M, in] where all networks of a seed have the
+        same -> [S, N, M, out]. Samples are last in memory: products with few outputs are several times faster so."""
+        (weight, h), *rest = self.layers()
+        S = len(inputs[0])
+        N = len(self.flat) // S
+        start = 0
+        for x in inputs:
+            x = x.mT.contiguous().expand(-1, N, -1, -1)  # [S, N, in, M]
+            end = start + x.shape[2]
+            h = torch.baddbmm(h, weight[:, :, start:end], x.flatten(0, 1))
+            start = end
+        for weight, bias in rest:
+            h = ACTIVATIONS[self.activation](h)
+            h = torch.baddbmm(bias, weight, h)
+        return h.mT.unflatten(0, (S, -1))
 
-Nets = dict[str, MLP]  # local, global, local_target, global_target
 
-
-def init_mlp(sizes: list[int], num_agents: int, generators: Generators) -> MLP:
+def init_mlp(sizes: list[int], activation: str, num_agents: int, generators: Generators) -> MLP:
     """Uniform in +-1/sqrt(in), as torch.nn.Linear."""
-    used = sum((n_in + 1) * n_out for n_in, n_out in zip(sizes, sizes[1:]))
-    flat = 2 * draw(torch.rand, (num_agents, used + -used % 16), generators).flatten(0, 1) - 1
-    for layer, n_in in zip(MLP(flat, sizes).layers(), sizes):
-        for part in layer:
-            part *= n_in**-0.5
-    return MLP(flat.requires_grad_(), sizes)
+    used = sum((n_in + 1) * n_out for n_in, n_out in pairwise(sizes))
+    uniform = envs.per_seed(torch.rand, (num_agents, used + -used % 16), generators)
+    net = MLP(2 * uniform.flatten(0, 1) - 1, sizes, activation)
+    for layer, n_in in zip(net.layers(), sizes):
+        for parameter in layer:
+            parameter *= n_in**-0.5
+    net.flat.requires_grad_()
+    return net
 
 
-def forward(layers: list[tuple[Tensor, Tensor]], x: Tensor, activation: str) -> Tensor:
-    """x [S, N, M, in] -> [S, N, M, out]: network (s, n) on its own rows. Samples are last in memory, [S*N, out, M]: a
-    matrix product with few outputs is several times faster so."""
-    S, N = x.shape[:2]
-    x = x.flatten(0, 1).mT.contiguous()
-    for k, (weight, bias) in enumerate(layers):
-        x = torch.baddbmm(bias, weight, x)
-        if k < len(layers) - 1:
-            x = ACTIVATIONS[activation](x)
-    return x.mT.unflatten(0, (S, N))
+@dataclass
+class Normalizer:
+    """Observations as networks see them. `flat` [S, N, 2, O]: mean and standard deviation, measured once."""
+
+    flat: Tensor
+
+    def __call__(self, obs: Tensor) -> Tensor:
+        """obs [S, N, M, O] in standard deviations from the mean, cut to +-10. Entries that did not vary are 0: to a
+        network of its own they say nothing."""
+        mean, std = self.flat.unsqueeze(3).unbind(2)
+        std = torch.where(std > 0, std, math.inf)  # where a division by 0 is left out, its gradient is still nan
+        return ((obs - mean) / std).clamp(-10, 10)
+
+    def unit(self, kind: str) -> Tensor:
+        """Of a perturbation in each entry of a normalised observation [S, N, 1, O], 0 where it does not vary."""
+        std = self.flat[:, :, 1:]
+        return torch.where(std > 0, 1.0 if kind == "std" else 1 / std, 0.0)
+
+    def measure(self, obs: Tensor) -> None:
+        """Normalise by the moments of obs [S, E, T, N, O] from now on."""
+        obs = obs.double()
+        mean, square = obs.mean((1, 2)), obs.square().mean((1, 2))
+        variance = square - mean.square()
+        std = torch.where(variance > 1e-12 * square, variance, 0).sqrt()  # 0 where only rounding varies
+        self.flat.copy_(torch.stack([mean, std], 2))
 
 
-def normalize(obs: Tensor, norm: Tensor) -> Tensor:
-    """obs [S, N, M, O] in standard deviations from the mean, norm [S, N, 2, O], cut to +-10. Entries that did not vary
-    (the number of the light) are 0: to a network of its own they say nothing."""
-    mean, std = norm[:, :, None].unbind(3)
-    return torch.where(std > 0, (obs - mean) / std, 0).clamp(-10, 10)
-
-
-def average_ranks(*tensors: Tensor) -> list[Tensor]:
-    """Means over the ranks of torchrun that train the same seeds, all in one message."""
-    if not dist.is_initialized():
-        return list(tensors)
-    flat = torch.cat([x.flatten() for x in tensors])
-    dist.all_reduce(flat)
-    parts = (flat / dist.get_world_size()).split([x.numel() for x in tensors])
-    return [part.view_as(x) for part, x in zip(parts, tensors)]
-
-
-def measure_norm(replay: Batch, filled: int) -> Tensor:
-    """Mean and standard deviation [S, N, 2, O] of the observations of the first `filled` rollouts."""
-    obs = replay["obs"][:, :filled, :-1]  # [S, E, T, N, O]
-    moments = torch.stack([obs.double().mean((1, 2)), obs.double().square().mean((1, 2))], 2)
-    (moments,) = average_ranks(moments)
-    mean, square = moments.unbind(2)
-    variance = square - mean.square()
-    std = torch.where(variance > 1e-12 * square, variance, 0).sqrt()  # 0 where only rounding varies
-    return torch.stack([mean, std], 2).to(obs.dtype)
-
-
-def joint_values(net: MLP, x: Tensor, args: Args) -> Callable[[Tensor], Tensor]:
-    """The global Q(s, .) as a function of C joint actions [S, M, C, N] -> [S, M, C], for states x [S, 1, M, N * O]. The
-    network has an output per joint action, or it takes the actions as inputs beside the state."""
+def make_nets(env: Env, args: Args) -> tuple[Nets, dict[str, torch.optim.Optimizer]]:
+    """The Q-networks, their targets and the normaliser of observations; an Adam for all."""
+    generators = envs.make_generators(args.seed, args.num_seeds, "init", env.device)
+    N, O = env.obs_mask.shape
+    hidden = [args.hidden_size, args.hidden_size]
+    joint = [N * O + N, *hidden, 1]
     if args.global_q == "joint":
-        table = forward(net.layers(), x, args.activation).squeeze(1)  # [S, M, 2^N]
-        return lambda joint: table.gather(2, (joint << torch.arange(joint.shape[-1], device=x.device)).sum(-1))
+        joint = [N * O, *hidden, 2**N]
+    nets = {
+        "local": init_mlp([O, *hidden, 2], args.activation, N, generators),
+        "global": init_mlp(joint, args.activation, 1, generators),
+    }
+    optimizer = torch.optim.Adam([net.flat for net in nets.values()], args.learning_rate, fused=True)
+    for name in ("local", "global"):
+        nets[f"{name}_target"] = replace(nets[name], flat=nets[name].flat.detach().clone())
+    moments = torch.zeros(args.num_seeds, N, 2, O, dtype=env.dtype, device=env.device)
+    nets["normalizer"] = Normalizer(moments)
+    return nets, {"q": optimizer}
+
+
+def everybody(obs: Tensor) -> Tensor:
+    """The state, [S, N, M, O] of each agent -> [S, 1, M, N * O]."""
+    return obs.transpose(1, 2).flatten(2).unsqueeze(1)
+
+
+def joint_values(net: MLP, state: Tensor) -> Callable[[Tensor], Tensor]:
+    """The global Q(s, .) as a function of C joint actions in each state, [S, M, C, N] -> [S, M, C]. The network has an
+    output per joint action, or the actions are inputs beside the state [S, 1, M, N * O]."""
+    num_inputs = state.shape[-1]
+    if num_inputs == net.sizes[0]:
+        table = net(state).squeeze(1)  # [S, M, 2^N]
+        bit = torch.arange(int(math.log2(net.sizes[-1])), device=state.device)
+        return lambda joint: table.gather(2, (joint << bit).sum(-1))
+
     (weight, bias), *rest = net.layers()
-    encoded = torch.baddbmm(bias, weight[:, :, : x.shape[-1]], x.squeeze(1).mT)  # [S, H, M]
+    encoded = torch.baddbmm(bias, weight[:, :, :num_inputs], state.squeeze(1).mT)  # [S, H, M], once for all actions
 
     def values(joint: Tensor) -> Tensor:
-        h = torch.bmm(weight[:, :, x.shape[-1] :], joint.flatten(1, 2).to(x.dtype).mT).unflatten(2, joint.shape[1:3])
-        h = ACTIVATIONS[args.activation]((h + encoded[..., None]).flatten(2)).mT
-        return forward(rest, h.unsqueeze(1), args.activation).view(joint.shape[:3])
+        actions = joint.flatten(1, 2).to(state.dtype).mT  # [S, N, M * C]
+        h = torch.bmm(weight[:, :, num_inputs:], actions).unflatten(2, joint.shape[1:3])
+        h = (h + encoded.unsqueeze(3)).flatten(2)
+        for weight_k, bias_k in rest:
+            h = torch.baddbmm(bias_k, weight_k, ACTIVATIONS[net.activation](h))
+        return h.view(joint.shape[:3])
 
     return values
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# ALGO LOGIC: the adversarial regulariser, ERNIE Eq. (4) and (6)
-
-
-def project(delta: Tensor, epsilon: float, norm: str) -> Tensor:
-    """Nearest point of the ball ||delta|| <= epsilon over the last axis."""
-    if norm == "linf":
-        return delta.clamp(-epsilon, epsilon)
-    return delta * (epsilon / torch.linalg.vector_norm(delta, dim=-1, keepdim=True).clamp_min(epsilon))
-
-
-def rescale(direction: Tensor, length: float | Tensor, norm: str) -> Tensor:
-    """`direction` stretched to `length` over the last axis."""
-    order = math.inf if norm == "linf" else 2
-    return direction * (length / torch.linalg.vector_norm(direction, order, dim=-1, keepdim=True).clamp_min(1e-12))
+# ALGO LOGIC: the adversarial regulariser, ERNIE Eq. (4) and (6). Observations are normalised from here on.
 
 
 def unroll(objective: Callable, delta: Tensor, steps: int, size: float, ball: Callable, stackelberg: bool) -> Tensor:
     """delta^K of Eq. (6): ascent steps of l2 length `size` on objective(delta), a value per sample, each projected.
     With `stackelberg` the result is a function of all that `objective` depends on; without, it is a constant (Eq. 4).
     torch.func.grad, because autograd.grad(create_graph=True) silently loses the interaction inside torch.compile;
-    contiguous, because on CPUs torch.compile (2.13) gets the gradient of a norm over an axis that is strided wrong.
-    """
+    contiguous, because on CPUs torch.compile (2.13) gets the gradient of a norm over an axis that is strided wrong."""
     with torch.set_grad_enabled(stackelberg):
         for _ in range(steps):
             slope = torch.func.grad(lambda d: objective(d).sum())(delta).contiguous()
-            length = torch.linalg.vector_norm(slope, dim=-1, keepdim=True).clamp_min(1e-8)
+            length = perturb.length(slope, "l2").clamp_min(1e-8)
             delta = ball(delta + size * slope / length)
     return delta
 
 
-def divergence(kind: str, z: Tensor, clean: Tensor) -> Tensor:
-    """D [...] of policy outputs [..., A]: KL(z || clean) of softmax policies or, with mean and log standard deviation
-    side by side, of normal ones; or squared l2 before tanh, after it, or of probabilities."""
+def divergence(kind: str, output: Tensor, clean: Tensor) -> Tensor:
+    """D [S, N, M] of Q-values [S, N, M, A]: squared l2, or KL(output || clean) or squared l2 of their softmax. Squared,
+    because the plain norm has no gradient where the outputs agree."""
     if kind == "kl":
-        logp, logp_clean = F.log_softmax(z, -1), F.log_softmax(clean, -1)
-        return (logp.exp() * (logp - logp_clean)).sum(-1)
-    if kind == "kl_normal":
-        (mean, log_std), (mean_clean, log_std_clean) = z.chunk(2, -1), clean.chunk(2, -1)
-        apart = (mean - mean_clean) * torch.exp(-log_std_clean)
-        ratio = 2 * (log_std - log_std_clean)  # logarithm of the ratio of variances
-        return 0.5 * (ratio.exp() - 1 - ratio + apart.square()).sum(-1)
-    link = {"l2": lambda x: x, "l2_squashed": torch.tanh, "l2_probs": partial(F.softmax, dim=-1)}[kind]
-    return (link(z) - link(clean)).square().sum(-1)
+        logprobs, clean_logprobs = output.log_softmax(-1), clean.log_softmax(-1)
+        return (logprobs.exp() * (logprobs - clean_logprobs)).sum(-1)
+    if kind == "l2_probs":
+        output, clean = output.softmax(-1), clean.softmax(-1)
+    return (output - clean).square().sum(-1)
 
 
-def regularizer(mode: str, network: Callable, obs: Tensor, z: Tensor, noise: Tensor, scale: Tensor, args):
-    """R [S, N, M] of each agent at each observation and its perturbation delta [S, N, M, O] in units of `scale`, which
-    broadcasts to obs and is 0 where nothing is perturbed. obs, noise (standard normal) [S, N, M, O]; z [S, N, M, A] is
-    network(obs), shared with the loss.
-    """
-    live = (scale > 0).to(obs.dtype)
-    clean = z.detach() if args.detach_reference else z
+def regularizer(
+    network: Callable, obs: Tensor, clean: Tensor, noise: Tensor, unit: Tensor, args: Args
+) -> tuple[Tensor, Tensor]:
+    """R [S, N, M] of each agent at each observation [S, N, M, O] and its perturbation delta in units of `unit`, which
+    is 0 where nothing is perturbed; `clean` is the network's output there, which the loss has too; noise is standard
+    normal."""
+    live = (unit > 0).to(obs.dtype)  # [S, N, 1, O]
     noise = noise * live
 
     def change(delta: Tensor) -> Tensor:
-        return divergence(args.divergence, network(obs + scale * delta), clean)
+        return divergence(args.divergence, network(obs + unit * delta), clean)
 
-    if mode == "gaussian":  # appendix H; std so that E||delta|| = epsilon
+    if args.regularizer == "gaussian":  # of mean length epsilon
         half = live.sum(-1, keepdim=True) / 2
-        mean_length = math.sqrt(2) * (torch.lgamma(half + 0.5) - torch.lgamma(half)).exp()
-        delta = noise * (args.gaussian_std or args.epsilon / mean_length)
-    elif mode == "random":
-        delta = rescale(noise, args.epsilon, args.norm)
+        log_ratio = torch.lgamma(half + 0.5) - torch.lgamma(half)
+        mean_length = math.sqrt(2) * log_ratio.exp()
+        delta = noise * (args.epsilon / mean_length)
+    elif args.regularizer == "random":
+        delta = perturb.rescale(noise, args.epsilon, args.norm)
     else:
-        start = rescale(noise, args.attack_init * args.epsilon, args.norm)
-        ball = partial(project, epsilon=args.epsilon, norm=args.norm)
-        delta = unroll(change, start, args.attack_steps, args.attack_lr * args.epsilon, ball, mode == "stackelberg")
+        start = perturb.rescale(noise, 0.5 * args.epsilon, args.norm)  # at 0 the divergence has no gradient
+        size = args.attack_lr * args.epsilon
+        ball = partial(perturb.project, epsilon=args.epsilon, norm=args.norm)
+        is_stackelberg = args.regularizer == "stackelberg"
+        delta = unroll(change, start, args.attack_steps, size, ball, is_stackelberg)
     return change(delta), delta
 
 
-def diagnose(net: MLP, network: Callable, obs: Tensor, noise: Tensor, scale: Tensor, team: Tensor, args: Args) -> Batch:
-    """R under attack and in a random direction, the length of the attack's delta, the share of deltas on the sphere,
-    and the leader-follower term of the Stackelberg gradient with respect to `net`, which `network` evaluates: its norm
-    relative to the leader's, and their cosine. Over the agents of `team` [N]."""
-    obs, gradients = obs[:, :, : noise.shape[2]], []
-    z = network(obs)
-    for mode in ("adversarial", "stackelberg"):
-        change, delta = regularizer(mode, network, obs, z, noise, scale, args)
-        (grad,) = torch.autograd.grad((change.mean(2) * team).sum(), [net.flat], retain_graph=True)
-        gradients.append(grad.view(len(obs), -1))
-    leader, follower = gradients[0], gradients[1] - gradients[0]
-    length = torch.linalg.vector_norm(delta[:, team], math.inf if args.norm == "linf" else 2, dim=-1).detach()
-    change_at_random, _ = regularizer("random", network, obs, z, noise, scale, args)
+def perturbable(kind: str, nets: Nets, batch: Batch, args: Args) -> tuple[Callable, Tensor, Tensor]:
+    """What the regulariser of the "local" or "global" Q-functions perturbs: the network as a function of its input, the
+    input [S, N, R, O] or [S, 1, R, N * O], and the unit of delta."""
+    obs = batch["obs"][:, :, : args.reg_batch_size]
+    unit = nets["normalizer"].unit(args.epsilon_units)
+    if kind == "local":
+        return nets["local"], obs, unit
+    if args.global_q == "joint":
+        return nets["global"], everybody(obs), everybody(unit)
+    actions = batch["actions"][:, :, : args.reg_batch_size]
+    joint = actions.transpose(1, 2).unsqueeze(2)  # [S, R, 1, N]
+
+    def network(state: Tensor) -> Tensor:
+        return joint_values(nets["global"], state)(joint).unsqueeze(1)
+
+    return network, everybody(obs), everybody(unit)
+
+
+def diagnose(kind: str, nets: Nets, batch: Batch, args: Args) -> Batch:
+    """R of the "local" or "global" Q-functions under attack and in a random direction, the share of attacks that reach
+    the sphere, and of the Stackelberg gradient the leader-follower term: its norm relative to the leader's, and their
+    cosine, [S]."""
+    network, obs, unit = perturbable(kind, nets, batch, args)
+    clean = network(obs)
+    changes, gradients = {}, {}
+    for mode in ("random", "adversarial", "stackelberg"):
+        mode_args = replace(args, regularizer=mode)
+        change, delta = regularizer(network, obs, clean, batch[f"{kind}_noise"], unit, mode_args)
+        change = change.mean(2)  # [S, N]
+        changes[mode] = change.mean(1)
+        (gradient,) = torch.autograd.grad(change.sum(), nets[kind].flat, retain_graph=True)
+        gradients[mode] = gradient.view(len(obs), -1)
+    leader = gradients["adversarial"]
+    follower = gradients["stackelberg"] - leader
+    length = perturb.length(delta.detach(), args.norm)
+    at_edge = length >= 0.999 * args.epsilon
     return {
-        "ernie/attack": change[:, team].mean((1, 2)),
-        "ernie/random_direction": change_at_random[:, team].mean((1, 2)),
-        "ernie/perturbation_norm": length.mean((1, 2)),
-        "ernie/saturation": (length >= 0.999 * args.epsilon).to(obs.dtype).mean((1, 2)),
-        "ernie/interaction_ratio": follower.norm(dim=1) / leader.norm(dim=1),
-        "ernie/interaction_cosine": F.cosine_similarity(follower, leader, dim=1),
+        f"ernie/{kind}_attack": changes["stackelberg"],
+        f"ernie/{kind}_random_direction": changes["random"],
+        f"ernie/{kind}_perturbation_norm": length.mean((1, 2, 3)),
+        f"ernie/{kind}_saturation": at_edge.to(obs.dtype).mean((1, 2, 3)),
+        f"ernie/{kind}_interaction_ratio": follower.norm(dim=1) / leader.norm(dim=1).clamp_min(1e-12),
+        f"ernie/{kind}_interaction_cosine": F.cosine_similarity(follower, leader, dim=1),
     }
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Loss and update. Observations are normalised from here on.
+# ALGO LOGIC: other actions than those that were taken, in ERNIE-A, Eq. (7)
 
 
-def perturbation_unit(norm: Tensor, args: Args) -> Tensor:
-    """One unit of delta in each entry of a normalised observation [S, N, 1, O], 0 where it does not vary."""
-    std = norm[:, :, 1:]
-    return (std > 0).to(std.dtype) if args.epsilon_units == "std" else torch.where(std > 0, 1 / std, 0)
-
-
-def everybody(obs: Tensor) -> Tensor:
-    """The state, what the global Q sees: [S, N, M, O] -> [S, 1, M, N * O]."""
-    return obs.transpose(1, 2).flatten(2).unsqueeze(1)
-
-
-def view(kind: str, nets: Nets, obs: Tensor, joint: Tensor, unit: Tensor, args: Args):
-    """What the regulariser of the "local" or "global" Q-functions perturbs: the network as a function of its input, the
-    input [S, N, M, O] or [S, 1, M, N * O], and the unit of delta."""
-    if kind == "local":
-        return partial(forward, nets["local"].layers(), activation=args.activation), obs, unit
-    x, unit = everybody(obs), everybody(unit)
-    if args.global_q == "joint":
-        return partial(forward, nets["global"].layers(), activation=args.activation), x, unit
-    joint = joint[:, : args.reg_batch_size].unsqueeze(2)
-    return lambda state: joint_values(nets["global"], state, args)(joint).unsqueeze(1), x, unit
-
-
-def changed_lights(values: Callable, joint: Tensor, num_changed: int) -> Tensor:
-    """Greedy search of Eq. (7), appendix G: K times the light whose other action changes Q(s, .) most, none twice.
-    joint [S, M, N] -> a' [S, M, N]; N values per round."""
+def greedy_changes(values: Callable, joint: Tensor, num_changed: int) -> Tensor:
+    """Appendix G: K times the light whose other action changes Q(s, .) most, none twice. joint [S, M, N] -> a'
+    [S, M, N]; N values per round."""
     N = joint.shape[-1]
-    flips, changed = torch.eye(N, dtype=torch.int64, device=joint.device), joint
-    clean, is_open = values(joint.unsqueeze(2)), torch.ones_like(joint, dtype=torch.bool)
-    for _ in range(min(num_changed, N)):
-        change = (values(changed.unsqueeze(2) ^ flips) - clean).square()  # [S, M, N]
-        flip = F.one_hot(change.masked_fill(~is_open, -1.0).argmax(-1), N)
-        changed, is_open = changed ^ flip, is_open & (flip == 0)
+    flips = torch.eye(N, dtype=torch.int64, device=joint.device)
+    clean = values(joint.unsqueeze(2))
+    changed = joint
+    allowed = torch.ones_like(joint, dtype=torch.bool)
+    for _ in range(num_changed):
+        score = (values(changed.unsqueeze(2) ^ flips) - clean).square()  # [S, M, N]
+        best = score.masked_fill(~allowed, -1.0).argmax(-1)
+        flip = F.one_hot(best, N)
+        changed = changed ^ flip
+        allowed = allowed & (flip == 0)
     return changed
 
 
-def qcombo_loss(nets: Nets, batch: Batch, noise: Batch, unit: Tensor, args: Args):
-    """ALGO LOGIC: appendix E.1, L(theta) + L(omega) + lambda_Q L_reg, plus lambda R (Eq. 5) and lambda_A R^A (Eq. 7):
-    loss, metrics. The targets: y^n = r^n + gamma max Q^n'(o'), y = r + gamma Q'(s', a'), a' greedy with Q^n."""
-    obs, next_obs, joint, rewards = (batch[k] for k in ("obs", "next_obs", "joint", "rewards"))
-    x, next_x = everybody(obs), everybody(next_obs)
+# --------------------------------------------------------------------------------------------------------------------
+# Loss and update. The loss is a mean over samples and a sum over seeds, which do not share parameters.
+
+
+def qcombo_loss(nets: Nets, batch: Batch, args: Args) -> tuple[Tensor, Batch]:
+    """ALGO LOGIC: appendix E.1, L(theta) + L(omega) + lambda_Q L_reg, plus lambda R (Eq. 5) and lambda_A R^A (Eq. 7).
+    The targets: y^n = r^n + gamma max Q^n'(o'), y = r + gamma Q'(s', a'), a' greedy with Q^n. Returns loss, metrics."""
+    obs, next_obs, actions = batch["obs"], batch["next_obs"], batch["actions"]
+    joint = actions.transpose(1, 2)  # [S, M, N]
+    rewards = args.reward_scale * batch["rewards"]  # [S, N, M]
     share = 1 / obs.shape[1] if args.team_reward == "mean" else 1.0
     with torch.no_grad():
         discount = args.gamma * (1 - batch["terminated"])  # [S, M]
-        greedy = forward(nets["local"].layers(), next_obs, args.activation).argmax(-1).transpose(1, 2)  # [S, M, N]
-        next_q = forward(nets["local_target"].layers(), next_obs, args.activation).amax(-1)
+        greedy = nets["local"](next_obs).argmax(-1).transpose(1, 2)
+        next_q = nets["local_target"](next_obs).amax(-1)
         target = rewards + discount.unsqueeze(1) * next_q  # [S, N, M]
-        next_team_q = joint_values(nets["global_target"], next_x, args)(greedy.unsqueeze(2)).squeeze(2)
+        next_values = joint_values(nets["global_target"], everybody(next_obs))
+        next_team_q = next_values(greedy.unsqueeze(2)).squeeze(2)
         team_target = share * rewards.sum(1) + discount * next_team_q  # [S, M]
-    z = forward(nets["local"].layers(), obs, args.activation)  # [S, N, M, A]
-    q = z.gather(3, joint.transpose(1, 2).unsqueeze(3)).squeeze(3)  # [S, N, M]
-    values = joint_values(nets["global"], x, args)
-    team_q = values(joint.unsqueeze(2)).squeeze(2)  # [S, M]
+    output = nets["local"](obs)  # [S, N, M, A]
+    q = output.gather(3, actions.unsqueeze(3)).squeeze(3)
+    values = joint_values(nets["global"], everybody(obs))
+    team_q = values(joint.unsqueeze(2)).squeeze(2)
     parts = {
         "losses/local": 0.5 * (q - target).square().mean((1, 2)),
         "losses/global": 0.5 * (team_q - team_target).square().mean(1),
@@ -494,661 +461,369 @@ def qcombo_loss(nets: Nets, batch: Batch, noise: Batch, unit: Tensor, args: Args
     loss = parts["losses/local"] + parts["losses/global"] + args.consistency_coef * parts["losses/consistency"]
     if args.action_reg_coef > 0:
         with torch.no_grad():
-            changed = changed_lights(values, joint, args.malicious_agents)
-        parts["ernie/action_regularizer"] = (values(changed.unsqueeze(2)).squeeze(2) - team_q).square().mean(1)
-        loss = loss + args.action_reg_coef * parts["ernie/action_regularizer"]
-    for kind, direction in noise.items():
-        network, seen, scale = view(kind, nets, obs, joint, unit, args)
-        seen = seen[:, :, : args.reg_batch_size]
-        clean = z[:, :, : args.reg_batch_size] if kind == "local" else network(seen)
-        change, _ = regularizer(args.regularizer, network, seen, clean, direction, scale, args)
+            changed = greedy_changes(values, joint, args.malicious_agents)
+        change = (values(changed.unsqueeze(2)).squeeze(2) - team_q).square().mean(1)
+        loss = loss + args.action_reg_coef * change
+        parts["ernie/action_regularizer"] = change
+    for kind in args.regularized:
+        network, seen, unit = perturbable(kind, nets, batch, args)
+        clean = output[:, :, : args.reg_batch_size] if kind == "local" else network(seen)
+        change, _ = regularizer(network, seen, clean, batch[f"{kind}_noise"], unit, args)
         loss = loss + args.reg_coef * change.mean(2).sum(1)
         parts[f"ernie/{kind}_regularizer"] = change.mean((1, 2))
-    metrics = {name: value.detach() for name, value in parts.items()}
-    return loss.sum(), metrics | {"losses/q_values": q.detach().mean((1, 2))}
+    parts["losses/q_values"] = q.mean((1, 2))
+    return loss.sum(), {name: value.detach() for name, value in parts.items()}
 
 
-def descend(loss: Tensor, nets: list[MLP], optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
-    """One optimiser step; the gradient of each network of each seed is clipped on its own."""
-    grads = average_ranks(*torch.autograd.grad(loss, [net.flat for net in nets]))
-    for net, grad in zip(nets, grads):
-        norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
-        net.flat.grad = grad * (max_grad_norm / norm.clamp_min(max_grad_norm))
-    optimizer.step()
-
-
-def update_q(nets: Nets, optimizer, loss_function: Callable, batch, noise, unit: Tensor, args: Args) -> Batch:
-    """A step of all Q-functions, then of their targets."""
-    loss, metrics = loss_function(nets, batch, noise, unit, args)
-    descend(loss, [nets["local"], nets["global"]], optimizer, args.max_grad_norm)
+def update(nets: Nets, optimizers: dict, loss: Callable, batch: Batch, args: Args) -> Batch:
+    """A step of all Q-functions, then of their targets. Each network's gradient is clipped on its own. Returns metrics
+    [S]."""
+    value, metrics = loss(nets, batch, args)
+    flats = [nets["local"].flat, nets["global"].flat]
+    for flat, gradient in zip(flats, torch.autograd.grad(value, flats)):
+        flat.grad = perturb.project(gradient, args.max_grad_norm, "l2")
+    optimizers["q"].step()
     for name in ("local", "global"):
-        nets[name + "_target"].flat.lerp_(nets[name].flat.detach(), args.tau)
+        nets[f"{name}_target"].flat.lerp_(nets[name].flat.detach(), args.tau)
     return metrics
 
 
-def draw_directions(generators: Generators, env, args: Args) -> Batch:
-    """The random numbers of one update, for each kind of Q-function that is regularised."""
-    N, O, M = env.num_agents, env.obs_mask.shape[1], min(args.batch_size, args.reg_batch_size)
-    kinds = [] if not args.regularized else ["local", "global"] if args.regularize == "both" else [args.regularize]
-    shapes = {"local": (N, M, O), "global": (1, M, N * O)}
-    return {kind: draw(torch.randn, shapes[kind], generators) for kind in kinds}
-
-
 # --------------------------------------------------------------------------------------------------------------------
-# Rollout and replay
+# Rollout of a few seconds of long episodes, whose state goes on in the next one, and replay
 
 
-def make_replay(env, num_seeds: int, num_episodes: int, T: int) -> Batch:
-    """Of E episodes: obs [S, E, T + 1, N, O], actions [S, E, T, N, A], rewards [S, E, T, N], terminated [S, E, T]."""
-    N, (O, A) = env.num_agents, (env.obs_mask.shape[1], env.action_mask.shape[1])
-    shapes = {"obs": (T + 1, N, O), "actions": (T, N, A), "rewards": (T, N), "terminated": (T,)}
-    return {k: torch.zeros(num_seeds, num_episodes, *v, dtype=env.dtype, device=env.device) for k, v in shapes.items()}
-
-
-def sample(replay: Batch, filled: int, batch_size: int, generators: Generators) -> Batch:
-    """Uniform minibatch of the first `filled` episodes: obs, next_obs, actions [S, M, N, .], rewards, terminated."""
-    S, E, T = replay["terminated"].shape
-    pick = torch.stack([torch.randint(filled * T, (batch_size,), generator=g, device=g.device) for g in generators])
-    pick = pick + E * T * torch.arange(S, device=pick.device)[:, None]  # [S, M] into the flattened [S, E, T]
-    row = pick + pick // T  # an episode has one observation more than transitions
-    rows = {"obs": row, "next_obs": row + 1, "actions": pick, "rewards": pick, "terminated": pick}
-    sources = {name: replay[name.removeprefix("next_")].flatten(0, 2) for name in rows}
-    return {name: sources[name].index_select(0, i.flatten()).unflatten(0, i.shape) for name, i in rows.items()}
-
-
-def prepare(batch: Batch, norm: Tensor, args: Args) -> Batch:
-    """A minibatch of the replay as the loss takes it: obs, next_obs [S, N, M, O] normalised, joint [S, M, N] action
-    numbers, rewards [S, N, M] scaled, terminated [S, M]."""
-    obs, next_obs = (normalize(batch[name].transpose(1, 2), norm) for name in ("obs", "next_obs"))
-    rewards = args.reward_scale * batch["rewards"].transpose(1, 2)
-    joint = batch["actions"].argmax(-1)
-    return {"obs": obs, "next_obs": next_obs, "joint": joint, "rewards": rewards, "terminated": batch["terminated"]}
+def explore(t: int, exploration: float, env: Env, generators: Generators, args: Args) -> tuple[Tensor, Tensor]:
+    """For the T seconds from t on, which lights [S, T, B, N] do not act greedily, and what they do instead. During the
+    warm-up each switches every tenth second with probability 1/2, as in the paper's code."""
+    T = args.rollout_steps
+    which, what = envs.per_seed(torch.rand, (T, 2, args.num_envs, env.num_agents), generators).unbind(2)
+    action = what < 0.5
+    if t >= args.warmup:
+        return which < exploration, action.long()
+    second = torch.arange(t, t + T, device=env.device).view(T, 1, 1)
+    return torch.ones_like(action), (action & (second % 10 == 0)).long()
 
 
 @torch.no_grad()
-def collect(step, env, local: MLP, norm, replay: Batch, slot: int, t: int, state, obs, random: float, generators, args):
-    """The seconds from t on of every environment, with a share of `random` actions, into replay from `slot` on: the new
-    state and obs, and what happened, summed over time, mean over environments [S]. During the warm-up each light
-    switches every tenth second with probability 1/2, as in the paper's code."""
-    S, B = args.num_seeds, args.num_envs
-    part = {k: v[:, slot : slot + B] for k, v in replay.items()}
-    uniform = draw(torch.rand, (args.rollout_steps, 2, B, env.num_agents), generators).unbind(1)
-    part["obs"][:, :, 0] = obs.unflatten(0, (S, B))
-    happened = {}
-    for k in range(args.rollout_steps):
-        explore, coin = uniform[k].unbind(1)  # [S, B, N]
-        if t + k < args.warmup:
-            action = (coin < 0.5) * ((t + k) % 10 == 0)
-        else:
-            x = normalize(obs.unflatten(0, (S, B)).transpose(1, 2), norm)
-            greedy = forward(local.layers(), x, args.activation).argmax(-1).transpose(1, 2)
-            action = torch.where(explore < random, coin < 0.5, greedy == 1)
-        action = action.long()
-        state, obs, reward, terminated, _, info = step(state, action.flatten(0, 1), env.draw(generators))
-        part["actions"][:, :, k] = F.one_hot(action, 2).to(env.dtype)
-        part["obs"][:, :, k + 1] = obs.unflatten(0, (S, B))
-        part["rewards"][:, :, k] = reward.unflatten(0, (S, B))
-        part["terminated"][:, :, k] = terminated.unflatten(0, (S, B)).to(env.dtype)
-        happened = add(happened, outcome(reward, info))
-    return state, obs, {name: value.unflatten(0, (S, B)).mean(1) for name, value in happened.items()}
+def rollout(
+    step_env: Callable, env: Env, nets: Nets, state: traffic.State, choices: tuple, generators: Generators
+) -> tuple[traffic.State, Batch]:
+    """The next T seconds of every environment, lights greedy but for the `choices` of `explore`. Returns the new state,
+    what make_replay has room for, and [S, B, T] each of traffic.outcome."""
+    S = len(generators)
+    is_random, random_action = choices
+    obs = env.observe(state)
+    steps = defaultdict(list, obs=[obs])
+    for t in range(is_random.shape[1]):
+        q = nets["local"](nets["normalizer"](envs.by_agent(obs, S)))  # [S, N, B, A]
+        greedy = q.argmax(-1).transpose(1, 2)
+        action = torch.where(is_random[:, t], random_action[:, t], greedy).flatten(0, 1)
+        state, obs, reward, terminated, _, info = step_env(state, action, env.draw(generators))
+        steps["obs"].append(obs)
+        steps["actions"].append(action)
+        steps["rewards"].append(reward)
+        steps["terminated"].append(terminated.to(reward.dtype))
+        for name, value in traffic.outcome(reward, info).items():
+            steps[name].append(value)
+    episodes = {name: torch.stack(values, 1) for name, values in steps.items()}
+    return state, {name: values.unflatten(0, (S, -1)) for name, values in episodes.items()}
 
 
-def outcome(reward: Tensor, info: Batch) -> Batch:
-    """Of a second, [B]: the reward of all lights and its terms, cars that left in a minute, cars that wait outside."""
-    terms = {name: info[name].sum(1) for name in traffic.TERMS}
-    return {"reward": reward.sum(1), **terms, "left_per_minute": 60.0 * info["left"], "backlog": info["backlog"] * 1.0}
+def make_replay(env: Env, num_seeds: int, num_episodes: int, T: int) -> Batch:
+    """Room for E rollouts of each seed: obs [S, E, T + 1, N, O], actions and rewards [S, E, T, N], terminated."""
+    zeros = partial(torch.zeros, dtype=env.dtype, device=env.device)
+    shape = (num_seeds, num_episodes, T, env.num_agents)
+    return {
+        "obs": zeros(num_seeds, num_episodes, T + 1, *env.obs_mask.shape),
+        "actions": zeros(shape, dtype=torch.int64),
+        "rewards": zeros(shape),
+        "terminated": zeros(shape[:3]),
+    }
 
 
-def add(sums: Batch, values: Batch) -> Batch:
-    return {name: sums.get(name, 0.0) + value for name, value in values.items()}
+def sample(replay: Batch, filled: int, normalizer: Normalizer, args: Args, generators: Generators) -> Batch:
+    """Minibatch of the first `filled` rollouts: obs, next_obs, normalised, [S, N, M, O], actions, rewards [S, N, M],
+    terminated [S, M]."""
+    S, E, T = replay["terminated"].shape
+    pick = envs.per_seed(partial(torch.randint, filled * T), (args.batch_size,), generators)
+    seed = torch.arange(S, device=pick.device)
+    pick = pick + E * T * seed[:, None]  # [S, M] into the flattened [S, E, T]
+    row = pick + pick // T  # a rollout has one observation more than transitions
+
+    def gather(name: str, index: Tensor) -> Tensor:
+        samples = replay[name].flatten(0, 2).index_select(0, index.flatten())
+        return samples.unflatten(0, index.shape)
+
+    return {
+        "obs": normalizer(gather("obs", row).transpose(1, 2)),
+        "next_obs": normalizer(gather("obs", row + 1).transpose(1, 2)),
+        "actions": gather("actions", pick).transpose(1, 2),
+        "rewards": gather("rewards", pick).transpose(1, 2),
+        "terminated": gather("terminated", pick),
+    }
+
+
+def draw_noise(generators: Generators, env: Env, args: Args) -> Batch:
+    """The random numbers of one update, drawn outside what may be compiled."""
+    N, O = env.obs_mask.shape
+    R = min(args.batch_size, args.reg_batch_size)
+    shapes = {"local": (N, R, O), "global": (1, R, N * O)}
+    noise = {}
+    for kind in args.regularized:
+        noise[f"{kind}_noise"] = envs.per_seed(torch.randn, shapes[kind], generators)
+    return noise
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Robustness evaluation
-
-SWEEP = {  # perturbation of the task that was trained: strengths
-    "gaussian": (0.01, 0.1, 1.0),  # observation noise, standard deviation in raw units (paper, Figures 1a, 5b, Table 2)
-    "mad": (0.1, 0.3),  # radius in standard deviations; the observations that change the Q-values most
-    "critic": (0.1, 0.3),  # the same; the observations whose action the light's own Q likes least
-    "flip_one": (0.03, 0.05),  # probability that one light, chosen at random, does the opposite (paper, Figures 2c, d)
-    "flip_each": (0.03, 0.05),  # the same for each light independently (the paper's code)
-    "worst_one": (0.03, 0.05),  # as flip_one, with the action that the global Q likes least
-    "speed": (30.0, 40.0),  # m/s of the cars, trained at 35 (paper, Figures 1b, 5a and Table 2)
-    "flow": (1, 2, 3, 4, 5),  # of the paper's table 1, for 2 x 2 lights (Figure 1c)
-}
-NETWORKS = {  # where the trained lights are set up, tiled (paper, Figures 2a, 2b, Tables 3 and 4)
-    "irregular": {"env_id": "traffic_irregular_v0"},
-    "4x4": {"env_id": "traffic_grid_v0", "rows": 4, "cols": 4, "flow": 550.0},
-    "6x6": {"env_id": "traffic_grid_v0", "rows": 6, "cols": 6, "flow": 385.0},
-    "atlanta": {"env_id": "traffic_atlanta_v0"},
-}
-Points = list[tuple[str, float | str]]  # perturbation and strength
-DRIVER = "local"  # the networks that drive the lights
+# Robustness evaluation, by envs/robustness.py
 
 
-def make_traffic(args: Args, num_envs: int, device: torch.device, **fields):
+def trained_policy(nets: Nets, env: Env, args: Args) -> robustness.Policy:
+    """Greedy lights, the trained grid again and again where env has more of them; Q sees the true observations."""
+    twins = traffic.twins(env, *args.grid)  # [L]
+    flat = nets["local"].flat.detach().unflatten(0, (args.num_seeds, -1))
+    local = replace(nets["local"], flat=flat[:, twins].flatten(0, 1))
+    normalizer = Normalizer(nets["normalizer"].flat[:, twins])
+
+    def output(obs: Tensor) -> Tensor:
+        return local(normalizer(obs))
+
+    def dislike(obs: Tensor) -> Callable:
+        q = output(obs)
+        return lambda seen: -(output(seen).softmax(-1) * q).sum(-1)  # an argmax has no gradient
+
+    def team_value(obs: Tensor, action: Tensor) -> Tensor:
+        joint = action.argmax(-1).transpose(1, 2).unsqueeze(2)
+        return joint_values(nets["global"], everybody(normalizer(obs)))(joint).squeeze(2)
+
+    return robustness.Policy(
+        output=output,
+        to_action=lambda q: F.one_hot(q.argmax(-1), 2),
+        divergence=partial(divergence, args.divergence),
+        attacks={"critic": dislike},
+        team_value=team_value,
+        norm=args.norm,
+        unit=normalizer.unit(args.epsilon_units) * normalizer.flat[:, :, 1:],
+        ascent_steps=5,
+    )
+
+
+def make_lights(nets: Nets, args: Args, device: torch.device, episodes: int, limit: float) -> robustness.Lights:
+    """The trained lights and where they are tried out, of warm-up and the rest at most `limit` seconds."""
+    warmup, seconds = min(limit, args.eval_warmup), min(limit, args.eval_seconds)
+    return robustness.Lights(
+        make_env=partial(make_env, args, device=device, warmup=warmup, horizon=seconds),
+        make_step=lambda env: compiled(env, args)[0],
+        make_policy=partial(trained_policy, nets, args=args),
+        seeds=args.seeds,
+        episodes=episodes,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Runs: device, folder, logs
+
+
+def setup(args: Args) -> torch.device:
+    """Torch settings and the device. Under torchrun each process trains its share of the seeds, as a run of its own."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    if args.num_seeds % world_size:
+        raise ValueError(f"--num-seeds must be a multiple of torchrun's {world_size} processes, got {args.num_seeds}")
+    args.num_seeds //= world_size
+    args.seed += rank * args.num_seeds
+    torch.set_num_threads(args.num_threads)
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # filling costs a tenth of an update
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it
+    if args.cuda and torch.cuda.is_available():
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return torch.device("cpu")
+
+
+def make_env(args: Args, num_envs: int, device: torch.device, **fields) -> Env:
     """The task of `args`, or another one where `fields` name its env_id; in SUMO if the backend is."""
     if "env_id" not in fields:
-        fields |= {k: getattr(args, k) for k in ("env_id", "rows", "cols") if getattr(args, k) is not None}
-        if args.flow and "flow" not in fields:
-            fields["flow"] = args.flow[0] if len(args.flow) == 1 else args.flow
+        rows, cols = args.grid
+        fields |= {"env_id": args.env_id, "rows": rows, "cols": cols}
+        if args.flow:
+            fields["flow"] = args.flow if len(args.flow) > 1 else args.flow[0]
     env = envs.make(num_envs=num_envs, device=device, model=args.model, **fields)
     return sumo.from_traffic(env) if args.backend == "sumo" else env
 
 
-def make_test(args: Args, points: Points, num_seeds: int, device: torch.device):
-    """Environments [S, P, E] of an evaluation: speed and flow may differ between points, the network may not."""
-    fields = {"warmup": args.eval_warmup, "horizon": args.eval_seconds}
-    fields |= NETWORKS[points[0][1]] if points[0][0] == "network" else {}
-
-    def spread(values: list) -> Tensor:
-        each = torch.tensor(values).repeat_interleave(args.eval_episodes, 0)
-        return torch.cat([each] * num_seeds)
-
-    if any(family in ("speed", "flow") for family, _ in points):
-        plain = make_traffic(replace(args, backend="torch"), 1, device)
-        own = plain.inflow[:, 0].tolist()
-        fields["speed"] = spread([strength if family == "speed" else plain.speed for family, strength in points])
-        fields["flow"] = spread([traffic.FLOWS[f"flow{s}"] if family == "flow" else own for family, s in points])
-    return make_traffic(args, num_seeds * len(points) * args.eval_episodes, device, **fields)
-
-
-def attack_lights(family: str, local: MLP, x: Tensor, unit: Tensor, epsilon: float, generators, args: Args) -> Tensor:
-    """Worst observations [S, L, M, O] in a ball of `epsilon` standard deviations around x, by five projected ascent
-    steps: "mad" on the change of Q, "critic" against the light's own Q, which sees the true observation."""
-    q = forward(local.layers(), x, args.activation)
-    live = (unit > 0).to(x.dtype)
-
-    def objective(delta: Tensor) -> Tensor:
-        perturbed = forward(local.layers(), x + live * delta, args.activation)
-        if family == "mad":
-            return divergence(args.divergence, perturbed, q)
-        return -(F.softmax(perturbed, -1) * q).sum(-1)  # an argmax has no gradient
-
-    start = rescale(draw(torch.randn, x.shape[1:], generators) * live, 0.5 * epsilon, args.norm)
-    ball = partial(project, epsilon=epsilon, norm=args.norm)
-    return x + live * unroll(objective, start, 5, 0.5 * epsilon, ball, stackelberg=False)
-
-
-def act(family: str, strength, nets: Nets, norm: Tensor, obs: Tensor, generators, env, args: Args) -> Tensor:
-    """Greedy actions [S, E, L] under one perturbation of SWEEP; obs [S, E, L, O]. nets and norm are those of env's
-    lights."""
-    seen, S = obs, len(obs)
-    if family == "gaussian":
-        seen = perturb.observation_noise(env, obs.flatten(0, 1), family, strength, generators).unflatten(0, (S, -1))
-    x = normalize(seen.transpose(1, 2), norm)  # [S, L, E, O]
-    if family in ("mad", "critic"):
-        x = attack_lights(family, nets["local"], x, perturbation_unit(norm, args), strength, generators, args)
-    action = forward(nets["local"].layers(), x, args.activation).argmax(-1).transpose(1, 2)
-    other = 1 - action
-    if family == "flip_each":
-        return torch.where(draw(torch.rand, action.shape[1:], generators) < strength, other, action)
-    if family not in ("flip_one", "worst_one"):
-        return action
-    if family == "worst_one":
-        values = joint_values(nets["global"], everybody(x), args)
-        flips = torch.eye(env.num_agents, dtype=torch.int64, device=action.device)
-        worse = values(action.unsqueeze(2) ^ flips) < values(action.unsqueeze(2))  # [S, E, L]
-        other = torch.where(worse, other, action)
-    joint = (action.flatten(0, 1), other.flatten(0, 1))
-    return perturb.replace_actions(env, *joint, strength, generators).view(action.shape)
-
-
-def tile(nets: Nets, norm: Tensor, env, args: Args) -> tuple[Nets, Tensor]:
-    """Networks and norm of the trained R x C lights for the lights of a larger grid: R x C blocks side by side."""
-    trained = make_traffic(replace(args, backend="torch"), 1, env.device)
-    light = torch.arange(env.num_agents, device=env.device)
-    index = light // env.cols % trained.rows * trained.cols + light % env.cols % trained.cols
-    flat = nets[DRIVER].flat.detach().unflatten(0, (args.num_seeds, -1))[:, index].flatten(0, 1)
-    return nets | {DRIVER: MLP(flat, nets[DRIVER].sizes)}, norm[:, index]
-
-
-@torch.no_grad()
-def simulate(env, step: Callable, drive: Callable, generators, frames: list | None = None) -> Batch:
-    """Mean outcome of a second [B] over env.horizon seconds after the warm-up, with the lights in the hands of
-    drive(state, obs) -> action [B, L]. Every other picture of the first environment is appended to `frames`."""
-    state, obs = env.reset(generators, step)
-    happened = {}
-    for t in range(env.horizon):
-        if frames is not None and t % 2 == 0:
-            frames.append(Image.fromarray(env.render(state, 0)))
-        state, obs, reward, _, _, info = step(state, drive(state, obs), env.draw(generators))
-        happened = add(happened, outcome(reward, info))
-    return {name: value / env.horizon for name, value in happened.items()}
-
-
-def simulate_points(nets, norm, points: Points, purpose: str, compiled: Callable, args: Args, device, frames=None):
-    """`simulate` the trained lights of all seeds at P points, or, without `nets`, a fixed-time signal: [S or 1, P, E].
-    At every point the same warm-ups, so that points can be compared."""
-    S = args.num_seeds if nets else 1
-    env, shape = make_test(args, points, S, device), (S, len(points), args.eval_episodes)
-    streams = [make_generators(args.seed, S, purpose, device) for _ in points]
-    streams = [stream[k] for k in range(S) for stream in streams]  # one per seed and point
-    perturbations = make_generators(args.seed, S, purpose + " perturbations", device)
-    if nets:
-        nets, norm = tile(nets, norm, env, args)
-
-    def drive(state, obs: Tensor) -> Tensor:
-        if not nets:
-            return traffic.fixed_time(env, state)
-        obs = obs.unflatten(0, shape)
-        actions = [act(*point, nets, norm, obs[:, p], perturbations, env, args) for p, point in enumerate(points)]
-        return torch.stack(actions, 1).flatten(0, 2)
-
-    happened = simulate(env, compiled(env.step), drive, streams, frames)
-    if args.backend == "sumo":
-        env.close()
-    return {name: value.unflatten(0, shape) for name, value in happened.items()}
-
-
-def lights_report(nets: Nets, norm, args: Args, device, compiled: Callable, run_dir: Path, wandb_runs: list) -> None:
-    """Sweep all perturbations and networks: a table on the terminal, robustness.csv and .png, and in wandb. Beside the
-    trained lights a fixed-time signal (27 s of green). 95% t-intervals over seeds; with one seed, over its episodes."""
-    trained = make_traffic(replace(args, backend="torch"), 1, device)
-    families = [family for family in SWEEP if family != "flow" or (trained.rows, trained.cols) == (2, 2)]
-    points: Points = [("clean", 0.0), *((family, strength) for family in families for strength in SWEEP[family])]
-    rows = []
-    groups: list[Points] = [points, *([("network", name)] for name in NETWORKS)]  # each in an environment of its own
-    for group in tqdm(groups, desc="robustness", disable=None, leave=False):
-        changes = [point for point in group if point[0] in ("clean", "speed", "flow", "network")]
-        for policy, tested, count in ((args.regularizer, group, args.num_seeds), ("fixed_time", changes, 1)):
-            lights = None if policy == "fixed_time" else nets
-            happened = simulate_points(lights, norm, tested, "evaluation", compiled, args, device)
-            happened = {name: value.double() for name, value in happened.items()}
-            errors = happened["reward"].std(-1, correction=0) / (args.eval_episodes - 1) ** 0.5  # one episode: nan
-            means = {name: value.mean(-1).tolist() for name, value in happened.items()}
-            means["standard_error"] = errors.tolist()
-            for k, (p, (family, strength)) in itertools.product(range(count), enumerate(tested)):
-                row = {"env_id": args.env_id, "policy": policy, "seed": args.seed + k, "perturbation": family}
-                row |= {"strength": strength, "episodes": args.eval_episodes}
-                rows.append(row | {name: value[k][p] for name, value in means.items()})
-    path = run_dir / ("robustness.csv" if args.backend == "torch" else f"robustness_{args.backend}.csv")
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    table = summarize(rows)
-    plot_lights(table, args, path.with_suffix(".png"))
-    over = f"{args.num_seeds} seeds" if args.num_seeds > 1 else f"episodes ({args.eval_episodes})"
-    print(f"\nReward of all lights in a second, {args.env_id}, {args.regularizer}: mean and 95% interval over {over}")
-    print("  perturbation strength            reward  cars left/min  outside | fixed-time signal  outside")
-    for (family, strength), cells in table.items():
-        mean, half, left, backlog = cells[args.regularizer]
-        line = f"  {family:12s} {strength:>9} {mean:9.1f} ± {half:<7.1f} {left:8.1f} {backlog:12.1f} |"
-        mean, _, _, backlog = cells.get("fixed_time", (None,) * 4)
-        print(line if mean is None else f"{line} {mean:12.1f} {backlog:14.1f}")
-    with wandb_may_fail(wandb_runs):
-        for k, run in enumerate(wandb_runs):
-            import wandb
-
-            data = [[str(value) for value in row.values()] for row in rows if row["seed"] == args.seed + k]
-            image = wandb.Image(str(path.with_suffix(".png")))
-            run.log({"robustness": wandb.Table(columns=list(rows[0]), data=data), "robustness_plot": image})
-            run.finish()
-
-
-def summarize(rows: list[dict]) -> dict[tuple, dict[str, tuple[float, float, float, float]]]:
-    """Point -> policy -> mean reward, half of its 95% interval, cars that left in a minute, cars outside."""
-    table = {}
-    for row in rows:
-        table.setdefault((row["perturbation"], row["strength"]), {}).setdefault(row["policy"], []).append(row)
-    for cells in table.values():
-        for policy, seeds in cells.items():
-            rewards = [row["reward"] for row in seeds]
-            error, count = seeds[0]["standard_error"], seeds[0]["episodes"]
-            if len(seeds) > 1:
-                error, count = stats.sem(rewards), len(seeds)
-            half = stats.t.ppf(0.975, count - 1) * error if count > 1 else math.nan
-            rest = [np.mean([row[name] for row in seeds]) for name in ("left_per_minute", "backlog")]
-            cells[policy] = (np.mean(rewards), half, *rest)
-    return table
-
-
-def plot_lights(table: dict[tuple, dict[str, tuple]], args: Args, path: Path) -> None:
-    """Reward at each strength, a panel per perturbation, the fixed-time signal beside it where it meets the change."""
-    families = list(dict.fromkeys(family for family, _ in table if family != "clean"))
-    figure = Figure(figsize=(13, 5.4), layout="constrained")
-    for place, family in enumerate(families):
-        axis = figure.add_subplot(2, 5, place + 1)
-        points = [point for point in table if point[0] == family or (point[0] == "clean" and family != "network")]
-        for policy in (args.regularizer, "fixed_time"):
-            cells = [table[point].get(policy) for point in points]
-            if all(cells):
-                means, halves = [cell[0] for cell in cells], np.nan_to_num([cell[1] for cell in cells])
-                axis.errorbar(range(len(points)), means, halves, fmt="o", capsize=3, label=policy)
-        axis.set_xticks(range(len(points)), ["clean" if f == "clean" else f"{s}" for f, s in points])
-        axis.set(title=family)
-        axis.grid(alpha=0.3)
-    figure.axes[-1].legend(fontsize="small")
-    figure.supylabel("reward of all lights in a second")
-    figure.suptitle(f"{args.env_id}, {args.regularizer}, {args.num_seeds} seed{'s' * (args.num_seeds > 1)}")
-    figure.savefig(path, dpi=110)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Runs: arguments, folders, checkpoints, logs
-
-
-def fail(message: str) -> None:
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse_args(default: Args | None = None) -> Args:
-    """Flags from the command line over those of `default`; what tyro prints about a wrong one, in one line."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(Args, default=default, description=__doc__.split("\n")[0])
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        box = " ".join(line.strip(" │") for line in said.getvalue().splitlines()[1:])  # without its title
-        first = next(part for part in re.split("[-─]{4,}", box) if part.strip())
-        fail(" ".join(first.split()).removeprefix("Error parsing Args: "))
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write aside, flush to disk, then rename; the checkpoint before stays as *.previous.pt."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if path.exists():
-        os.replace(path, path.with_suffix(".previous.pt"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def load_run(given: Args) -> tuple[Args, dict, Path]:
-    """Arguments, checkpoint and folder of the run that --resume or --evaluate names; most other flags are refused."""
-    path = Path(given.resume or given.evaluate)
-    path = path / CHECKPOINT if path.is_dir() else path
-    previous = path.with_suffix(".previous.pt")
-    if not path.exists() and previous.exists():  # killed between the two renames of save_checkpoint
-        path = previous
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["script"] != Path(__file__).stem:
-            fail(f"{path} was written by {state['script']}.py")
-        saved = Args(**(state["args"] | {"resume": None}))
-    except FileNotFoundError:
-        fail(f"no checkpoint at {path}")
-    except Exception as error:
-        hint = f"; the one before it is {previous}" if previous.exists() and path != previous else ""
-        fail(f"{path} is no readable checkpoint ({type(error).__name__}){hint}")
-    args = parse_args(saved)
-    free = {"resume", "evaluate", "cuda", "num_threads", "track", "wandb_mode", "wandb_project_name", "wandb_entity"}
-    if given.evaluate:
-        free |= {"backend", "compile", "capture_video", *(name for name in asdict(args) if name.startswith("eval_"))}
-    for name, value in asdict(args).items():
-        if value != getattr(saved, name) and name not in free:
-            fail(f"--{name.replace('_', '-')} is read from {path} and cannot be given with --resume or --evaluate")
-    return args, state, path.parent
-
-
 def make_run_dir(args: Args) -> Path:
-    """A new folder with args.json: the arguments, the git commit and the versions of what the run depends on."""
-    name = [f"{args.env_id.replace(':', '_')}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"]
-    if dist.is_initialized():
-        dist.broadcast_object_list(name)
-    failed, commit = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
-    about = asdict(args) | {"git_commit": None if failed else commit}
-    about["versions"] = {p: version(p) for p in ("torch", "numpy", "pettingzoo")} | {"python": sys.version.split()[0]}
-    run_dir = Path(args.runs_dir) / name[0]
-    try:
-        run_dir.mkdir(parents=True, exist_ok=dist.is_initialized())
-        if RANK == 0:
-            (run_dir / "args.json").write_text(json.dumps(about, indent=2))
-    except OSError as error:
-        fail(f"--runs-dir must be a writable folder, got {args.runs_dir!r} ({error.strerror})")
+    """The run's folder, new unless one is given, and in it args.json: the arguments, the git commit and versions."""
+    given = args.resume or args.evaluate
+    env_id = args.env_id.replace(":", "_")
+    name = f"{env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"
+    run_dir = runs.folder(given) if given else Path(args.runs_dir, name)
+    run_dir.mkdir(parents=True, exist_ok=given is not None)
+    if not args.evaluate:
+        with runs.locked(run_dir), runs.written(run_dir / "args.json") as file:
+            json.dump(asdict(args) | runs.provenance(__file__), file, indent=2)
     return run_dir
 
 
-def start_wandb(args: Args, run_dir: Path, labels: list[dict]) -> list:
-    """A Weights & Biases run per label, grouped by run name; offline if online fails, none if that fails too."""
-    modes = {"offline": ["offline"], "online": ["online", "offline"], "disabled": []}[args.wandb_mode]
-    names = [f"{run_dir.name}__run{k}__seed{label['seed']}" for k, label in enumerate(labels)]
-    options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "group": run_dir.name, "dir": run_dir}
-    options |= {"resume": "allow", "reinit": "create_new"}
-    for mode in modes if args.track and RANK == 0 else []:
-        try:
-            import wandb  # slow to import, and may be absent
-
-            options |= {"mode": mode, "settings": wandb.Settings(init_timeout=30, console="off", silent=True)}
-            return [wandb.init(name=n, id=n, config=asdict(args) | k, **options) for n, k in zip(names, labels)]
-        except Exception as error:
-            print(f"wandb ({mode}) is left out: {error!r}", file=sys.stderr)
-    return []
-
-
-@contextlib.contextmanager
-def wandb_may_fail(wandb_runs: list):
-    """What Weights & Biases raises inside this block ends its logging, not the run."""
-    try:
-        yield
-    except Exception as error:
-        wandb_runs.clear()
-        print(f"wandb failed and is left out from now on: {error!r}", file=sys.stderr)
+def log(run: runs.Run, step: int, metrics: Batch) -> None:
+    """A row per seed in metrics.csv and in the seed's wandb run; metrics [S]. Raise FloatingPointError for a NaN."""
+    columns = {name: values.tolist() for name, values in metrics.items()}
+    rows = []
+    for k, label in enumerate(run.labels):
+        row = label | {"global_step": step}
+        for name, values in columns.items():
+            if not math.isfinite(values[k]):
+                raise FloatingPointError(f"{name} is not finite at step {step}, {label}")
+            row[name] = values[k]
+        rows.append(row)
+    run.rows += rows
+    runs.write_rows(run.dir / "metrics.csv", run.rows)
+    runs.log_wandb(run, rows, step)
 
 
-def log_metrics(path: Path, wandb_runs: list, labels: list[dict], step: int, metrics: Batch) -> None:
-    """A row per label in metrics.csv, and the same in its wandb run; metrics [len(labels)]."""
-    values = {name: value.tolist() for name, value in metrics.items()}
-    rows = [{name: value[k] for name, value in values.items()} for k in range(len(labels))]
-    with open(path, "a", newline="") as file:
-        writer = csv.writer(file)
-        if file.tell() == 0:
-            writer.writerow([*labels[0], "global_step", *metrics])
-        writer.writerows([*label.values(), step, *row.values()] for label, row in zip(labels, rows))
-    with wandb_may_fail(wandb_runs):
-        for run, row in zip(wandb_runs, rows):
-            run.log(row, step=step)
+# --------------------------------------------------------------------------------------------------------------------
+# Training
 
 
-def setup(args: Args) -> torch.device:
-    """Torch settings and the device. Under torchrun the ranks share out the seeds if that leaves none over: each is a
-    run of its own, with its own folder. Otherwise each plays its own environments of all seeds, and gradients are
-    averaged."""
-    global RANK, CHECKPOINT
-    world, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    cuda = args.cuda and torch.cuda.is_available()
-    if cuda and local >= torch.cuda.device_count():
-        fail(f"--nproc-per-node must be at most {torch.cuda.device_count()}, the number of GPUs, or use --no-cuda")
-    device = torch.device(f"cuda:{local}" if cuda else "cpu")
-    if cuda:
-        torch.cuda.set_device(device)  # nccl takes the current one
-    if world > 1 and args.num_seeds % world == 0:
-        args.num_seeds //= world
-        args.seed += RANK * args.num_seeds
-        RANK, CHECKPOINT = 0, "checkpoint.pt"
-    elif world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    torch.set_num_threads(args.num_threads)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # filling costs a tenth of an update
-    return device
+def compiled(env: Env, args: Args) -> tuple[Callable, Callable]:
+    """The environment's step and the loss, compiled where that is asked for and right."""
+    if not args.compile or args.backend == "sumo":
+        return env.step, qcombo_loss
+    torch._dynamo.config.recompile_limit = 32  # the step is compiled for each network and number of environments
+    options = {"comprehensive_padding": False}  # with it gradients are wrong on GPUs
+    compile = partial(torch.compile, fullgraph=True, dynamic=False, options=options)
+    if env.device.type == "cpu":  # where torch 2.13 gets the gradient through an attack wrong
+        return compile(env.step), qcombo_loss
+    return compile(env.step), compile(qcombo_loss)
 
 
-def run_labels(args: Args) -> list[dict]:
-    """What tells the rows of metrics.csv apart."""
-    return [{"seed": args.seed + k} for k in range(args.num_seeds)]
+def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, checkpoint: dict) -> None:
+    """Train from the start or from a checkpoint; a signal ends it, after a checkpoint, with KeyboardInterrupt."""
+    S, T = args.num_seeds, args.rollout_steps
+    steps_per_iteration = args.num_envs * T
+    step_env, loss = compiled(env, args)
+    test_lights = make_lights(nets, args, env.device, 2, 300)
+    new_streams = partial(envs.make_generators, args.seed, S, device=env.device)
+    streams = {purpose: new_streams(purpose) for purpose in ("rollout", "replay", "noise")}
+    num_iterations = math.ceil(args.total_timesteps / steps_per_iteration)
+    slots = min(args.buffer_size // steps_per_iteration, num_iterations)
+    replay = make_replay(env, S, slots * args.num_envs, T)  # a slot holds a rollout of every environment
+    iteration = 0
+    state = None
+    window = defaultdict(list)  # metrics [S] since the last row of metrics.csv
+    if checkpoint:
+        with runs.exits(2, ValueError):
+            live = {"optimizers": optimizers, "streams": streams, "iteration": 0}
+            runs.restore(live | {"window": {}, "replay": {}, "state": {}}, checkpoint)
+        iteration = checkpoint["iteration"]
+        state = traffic.State(**{name: value.to(env.device) for name, value in checkpoint["state"].items()})
+        for name, values in checkpoint["replay"].items():
+            replay[name][:, : values.shape[1]] = values
+        for name, values in checkpoint["window"].items():
+            window[name] = [value.to(env.device) for value in values]
 
+    step = iteration * steps_per_iteration
+    started, first_step = time.perf_counter(), step
+    bar = runs.progress_bar(args.total_timesteps, step)
+    with runs.stop_signals() as caught:
+        while step < args.total_timesteps and not caught:
+            progress = step / args.total_timesteps
+            exploration = args.exploration + (args.exploration_end - args.exploration) * progress
+            t = iteration * T % args.horizon
+            if t == 0:
+                state, _ = env.reset(streams["rollout"])
+            choices = explore(t, exploration, env, streams["rollout"], args)
+            state, episodes = rollout(step_env, env, nets, state, choices, streams["rollout"])
+            slot = iteration % slots * args.num_envs
+            for name, values in episodes.items():
+                if name in replay:
+                    replay[name][:, slot : slot + args.num_envs] = values
+                elif t >= args.warmup:
+                    window[f"charts/{name}"].append(values.mean((1, 2)))
+            iteration += 1
+            step += steps_per_iteration
+            filled = min(iteration, slots) * args.num_envs
+            if iteration * T == args.warmup:
+                nets["normalizer"].measure(replay["obs"][:, :filled, :-1])
+            if args.anneal_lr:
+                optimizers["q"].param_groups[0]["lr"] = args.learning_rate * (1 - progress)
+            num_updates = args.updates_per_rollout * (iteration * T >= args.warmup)
+            for _ in range(num_updates):
+                batch = sample(replay, filled, nets["normalizer"], args, streams["replay"])
+                batch |= draw_noise(streams["noise"], env, args)
+                metrics = update(nets, optimizers, loss, batch, args)
+                for name, value in metrics.items():
+                    window[name].append(value)
+            bar.update(steps_per_iteration)
 
-def make_q(env, args: Args, state: dict | None = None) -> tuple[Nets, torch.optim.Optimizer]:
-    """The Q-networks, their targets and an Adam for all. As in checkpoint `state`."""
-    generators = make_generators(args.seed, args.num_seeds, "init", env.device)
-    N, O, hidden = env.num_agents, env.obs_mask.shape[1], [args.hidden_size] * 2
-    joint = [N * O, *hidden, 2**N] if args.global_q == "joint" else [N * (O + 1), *hidden, 1]
-    nets = {"local": init_mlp([O, *hidden, 2], N, generators), "global": init_mlp(joint, 1, generators)}
-    optimizer = torch.optim.Adam([net.flat for net in nets.values()], args.learning_rate, fused=True)
-    nets |= {name + "_target": MLP(net.flat.detach().clone(), net.sizes) for name, net in nets.items()}
-    if state is not None:
-        for name, net in nets.items():
-            net.flat.detach().copy_(state["nets"][name])
-        optimizer.load_state_dict(state["optimizer"])
-    return nets, optimizer
-
-
-def train(env, nets, optimizer, compiled, args: Args, run_dir: Path, wandb_runs: list, state: dict | None = None):
-    """Train from the start or from `state`, a checkpoint: the norm of observations, or None if Ctrl-C or SIGTERM ended
-    it, after a checkpoint."""
-    env_step, loss = compiled(env.step), compiled(qcombo_loss) if env.device.type == "cuda" else qcombo_loss
-    names, per_iteration, T = ("rollout", "replay", "noise"), args.num_envs * args.rollout_steps, args.rollout_steps
-    streams = {name: make_generators(args.seed, args.num_seeds, name, env.device, RANK) for name in names}
-    slots = args.buffer_size // per_iteration  # a slot is a rollout of each environment
-    replay = make_replay(env, args.num_seeds, slots * args.num_envs, T)
-    norm = torch.zeros(args.num_seeds, env.num_agents, 2, env.obs_mask.shape[1], dtype=env.dtype, device=env.device)
-    cars, obs, labels, log_path, iteration = None, None, run_labels(args), run_dir / "metrics.csv", 0
-    sums, happened, count, driven, first = {}, {}, 0, 0, 0  # since the log at iteration `first`
-    if state is not None:
-        for name, generators in streams.items():
-            for generator, saved in zip(generators, state["streams"][name]):
-                generator.set_state(saved)
-        for name, tensor in replay.items():
-            tensor[:, : state["replay"][name].shape[1]] = state["replay"][name]
-        norm, obs = norm.copy_(state["norm"]), state["obs"].to(env.device)
-        cars = traffic.State(**{name: value.to(env.device) for name, value in state["cars"].items()})
-        iteration = state["iteration"]
-        if dist.is_initialized():
-            steps = [None] * dist.get_world_size()
-            dist.all_gather_object(steps, iteration)
-            if len(set(steps)) > 1:
-                fail(f"the ranks' checkpoints in {run_dir} are of different iterations: {steps}")
-        sums, happened, count, driven, first = state["window"]
-        sums, happened = ({k: v.to(env.device) for k, v in values.items()} for values in (sums, happened))
-        if RANK == 0 and log_path.exists():  # drop rows that will be written again, and one cut off by a kill
-            os.truncate(log_path, state["log_size"])
-    stops, is_over = [], iteration * per_iteration >= args.total_timesteps
-    handlers = {s: signal.signal(s, lambda *caught: stops.append(caught)) for s in (signal.SIGINT, signal.SIGTERM)}
-    step, started = iteration * per_iteration, time.perf_counter()
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=True if RANK else None)
-    while not is_over:
-        progress, t = step / args.total_timesteps, iteration * T % args.horizon
-        random = args.exploration + (args.exploration_end - args.exploration) * progress
-        if t == 0:
-            cars, obs = env.reset(streams["rollout"])
-        slot = iteration % slots * args.num_envs
-        rest = (slot, t, cars, obs, random, streams["rollout"], args)
-        cars, obs, outcomes = collect(env_step, env, nets["local"], norm, replay, *rest)
-        if t >= args.warmup:
-            happened, driven = add(happened, outcomes), driven + T
-        iteration += 1
-        last_step, step = step, iteration * per_iteration
-        filled = min(iteration, slots) * args.num_envs
-        if iteration * T == args.warmup:
-            norm = measure_norm(replay, filled)
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress)
-        unit = perturbation_unit(norm, args)
-        for _ in range(args.updates_per_rollout if iteration * T >= args.warmup else 0):
-            batch = prepare(sample(replay, filled, args.batch_size, streams["replay"]), norm, args)
-            noise = draw_directions(streams["noise"], env, args)
-            metrics = update_q(nets, optimizer, loss, batch, noise, unit, args)
-            sums, count = add(sums, metrics), count + 1
-        bar.update(per_iteration)
-        is_done, is_over = step >= args.total_timesteps, bool(stops) or step >= args.total_timesteps
-        if dist.is_initialized():  # all ranks stop together
-            over = torch.tensor(float(is_over), device=env.device)
-            dist.all_reduce(over)
-            is_over = bool(over)
-        log = count * driven > 0 and (is_done or step // args.log_interval > last_step // args.log_interval)
-        save = is_over or step // args.checkpoint_interval > last_step // args.checkpoint_interval
-        for name, value in sums.items() if log or save else ():
-            if not value.isfinite().all():
-                good = run_dir / CHECKPOINT if (run_dir / CHECKPOINT).exists() else "none yet"
-                fail(f"{name} is not finite at step {step}; last good checkpoint: {good}")
-        if log:
-            row = {f"charts/{name}": value / driven for name, value in happened.items()}
-            row |= {name: value / count for name, value in sums.items()}
-            row["charts/exploration"] = torch.full((args.num_seeds,), random)
-            row |= inspect(nets, norm, replay, filled, compiled, env, args)
-            speed = args.num_seeds * per_iteration * (iteration - first) / (time.perf_counter() - started)
-            row["charts/SPS"] = torch.full((args.num_seeds,), round(speed))
-            if RANK == 0:
-                log_metrics(log_path, wandb_runs, labels, step, row)
-            bar.set_postfix(reward=f"{row['eval/reward'].mean():.1f}", refresh=False)
-            sums, happened, count, driven, first, started = {}, {}, 0, 0, iteration, time.perf_counter()
-        if save:
-            data = {"script": Path(__file__).stem, "args": asdict(args), "iteration": iteration, "norm": norm}
-            data |= {"window": (sums, happened, count, driven, first), "obs": obs}
-            data |= {"cars": {field.name: getattr(cars, field.name) for field in fields(cars)}}
-            data |= {"log_size": log_path.stat().st_size if log_path.exists() else 0}
-            data |= {"nets": {name: net.flat.detach() for name, net in nets.items()}}
-            data |= {"optimizer": optimizer.state_dict()}
-            data |= {"streams": {p: [g.get_state() for g in generators] for p, generators in streams.items()}}
-            data |= {"replay": {name: tensor[:, :filled].clone() for name, tensor in replay.items()}}
-            save_checkpoint(run_dir / CHECKPOINT, data)
+            done = step >= args.total_timesteps
+            has_metrics = {"charts/reward", "losses/local"} <= window.keys()
+            if has_metrics and (done or step % args.log_interval < steps_per_iteration):
+                metrics = {name: torch.stack(values).mean(0) for name, values in window.items()}
+                metrics["charts/exploration"] = torch.full((S,), exploration)
+                for name, values in robustness.drive(test_lights, [("clean", 0.0)], "test").items():
+                    metrics[f"eval/{name}"] = values.mean((1, 2))
+                test_streams = new_streams("test")
+                batch = sample(replay, filled, nets["normalizer"], args, test_streams)
+                batch |= draw_noise(test_streams, env, args)
+                for kind in args.regularized:
+                    metrics |= diagnose(kind, nets, batch, args)
+                speed = S * (step - first_step) / (time.perf_counter() - started)
+                metrics["charts/SPS"] = torch.full((S,), speed)
+                log(run, step, metrics)
+                runs.show_progress(bar, reward=f"{metrics['eval/reward'].mean():.1f}")
+                window = defaultdict(list)
+                started, first_step = time.perf_counter(), step
+            if done or caught or step % args.checkpoint_interval < steps_per_iteration:
+                contents = {
+                    "args": asdict(args),
+                    "nets": {name: net.flat for name, net in nets.items()},
+                    "optimizers": optimizers,
+                    "streams": streams,
+                    "iteration": iteration,
+                    "window": window,
+                    "rows": run.rows,
+                    "replay": {name: values[:, :filled] for name, values in replay.items()},
+                    "state": vars(state),
+                }
+                runs.save(run.dir / "checkpoint.pt", contents)
     bar.close()
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
-    return norm if step >= args.total_timesteps else None
-
-
-def inspect(nets: Nets, norm: Tensor, replay: Batch, filled: int, compiled: Callable, env, args: Args) -> Batch:
-    """How the greedy lights do in two episodes of five minutes after five of random switching, and diagnose()."""
-    streams = make_generators(args.seed, args.num_seeds, "test", env.device)
-    warmup, seconds = min(300, args.eval_warmup), min(300, args.eval_seconds)
-    test = replace(args, eval_episodes=2, eval_warmup=warmup, eval_seconds=seconds)
-    happened = simulate_points(nets, norm, [("clean", 0.0)], "test", compiled, test, env.device)
-    row = {f"eval/{name}": value.mean((1, 2)) for name, value in happened.items()}
-    batch = prepare(sample(replay, filled, args.batch_size, streams), norm, args)
-    for kind, noise in draw_directions(streams, env, args).items():
-        network, obs, unit = view(kind, nets, batch["obs"], batch["joint"], perturbation_unit(norm, args), args)
-        team = torch.ones(obs.shape[1], dtype=torch.bool, device=env.device)
-        found = diagnose(nets[kind], network, obs, noise, unit, team, args)
-        row |= {name.replace("/", f"/{kind}_"): value for name, value in found.items()}
-    return row
+    if caught:
+        raise KeyboardInterrupt(f"at step {step}")
 
 
 def main() -> None:
-    args = parse_args()
-    args, state, run_dir = load_run(args) if args.resume or args.evaluate else (args, None, None)
-    device = setup(args)
-    try:
-        env = make_traffic(replace(args, backend="torch"), args.num_seeds * args.num_envs, device, horizon=args.horizon)
-        if args.backend == "sumo":
-            sumo.require_sumo()
-    except (ValueError, ImportError) as error:
-        fail(str(error))
-    if args.global_q == "auto":
-        args.global_q = "joint" if env.num_agents <= 6 else "action_in"
-    if args.global_q == "joint" and env.num_agents > 12:
-        fail(f"--global-q must be action_in with more than 12 lights, got joint with {env.num_agents}")
-    if args.global_q == "action_in" and args.regularize != "local" and args.divergence != "l2":
-        fail(f"--divergence must be l2 where a global Q of one output is regularised, got {args.divergence!r}")
-    options = {"comprehensive_padding": False}  # with it gradients are wrong on GPUs (torch 2.11)
-    compiled = partial(torch.compile, fullgraph=True, dynamic=False, options=options) if args.compile else lambda f: f
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 32  # the step is compiled for each network and number of environments
-    nets, optimizer = make_q(env, args, state)
-    run_dir = run_dir or make_run_dir(args)
-    wandb_runs = [] if args.evaluate else start_wandb(args, run_dir, run_labels(args))
-    norm = state["norm"].to(device) if args.evaluate else None
-    if args.evaluate and not norm.any():
-        fail(f"{run_dir} was stopped during its first warm-up and has learnt nothing")
+    with runs.exits(2, ValueError, ImportError, OSError):
+        args, checkpoint = runs.parse_args(Args, __doc__)
+        device = setup(args)
+        env = make_env(args, args.num_seeds * args.num_envs, device, horizon=args.horizon)
+        runs.check_memory(replace(env, horizon=args.rollout_steps), args)
+        nets, optimizers = make_nets(env, args)
+        weights = {name: net.flat for name, net in nets.items()}
+        if checkpoint:
+            runs.restore({"nets": weights}, checkpoint)
+        if args.evaluate and not nets["normalizer"].flat.any():
+            raise ValueError(f"{args.evaluate} was stopped during its first warm-up and has learnt nothing")
+        rows = checkpoint.get("rows", [])
+        labels = [{"seed": seed} for seed in args.seeds]
+        run = runs.Run(make_run_dir(args), labels, rows)
     if not args.evaluate:
-        norm = train(env, nets, optimizer, compiled, args, run_dir, wandb_runs, state)
-    if norm is None:
-        print(f"stopped; go on with: python {Path(__file__).name} --resume {run_dir}", file=sys.stderr)
-        raise SystemExit(130)
-    if RANK == 0:
-        compiled = compiled if args.backend == "torch" else lambda f: f
-        lights_report(nets, norm, args, device, compiled, run_dir, wandb_runs)
+        with runs.training(run.dir):
+            runs.start_wandb(run, args)
+            train(env, nets, optimizers, args, run, checkpoint)
+            runs.save(run.dir / "policy.pt", {"args": asdict(args), "nets": weights})
+    with runs.reporting(run.dir):
+        name = "robustness" if args.backend == "torch" else f"robustness_{args.backend}"
+        labels = {"env_id": args.env_id, "policy": args.regularizer}
+        lights = make_lights(nets, args, device, args.eval_episodes, math.inf)
+        robustness.report_lights(lights, robustness.LIGHTS, robustness.NETWORKS, run, labels, name)
         if args.capture_video:
-            shown, frames = replace(args, backend="torch", eval_episodes=1, eval_warmup=300, eval_seconds=240), []
-            simulate_points(nets, norm, [("clean", 0.0)], "video", lambda f: f, shown, device, frames)
-            (run_dir / "videos").mkdir(exist_ok=True)
-            path = run_dir / "videos" / "lights.gif"
-            frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
-        print(f"results: {run_dir}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+            seconds = min(120, args.eval_seconds)
+            env = make_env(replace(args, backend="torch"), args.num_seeds, device, horizon=seconds)
+            streams = envs.make_generators(args.seed, args.num_seeds, "video", device)
+            envs.write_gif(env, trained_policy(nets, env, args).act, streams, run.dir / "episode.gif")
+    print(f"results: {run.dir}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:  # training ends itself, with a checkpoint
-        print("stopped during the report; repeat it with --evaluate RUN_DIR", file=sys.stderr)
-        sys.exit(130)
+    main()

@@ -11,197 +11,119 @@ ernie_mappo.py's PPO. With `--space policy` (Sun et al. 2022, arXiv 2106.05087) 
 which the policy's output shall move, and projected ascent steps find the observation that moves it furthest that way:
 few numbers to learn, however large the observation is.
 
-Runs of all five ERNIE scripts. Of traffic lights, episodes are short: what an adversary does shows within minutes.
-Leaves learned_attack.csv in the run's folder: a row per attack, radius and seed.
+Runs of all scripts of ERNIE and of its baselines, and of copies that keep make_env, make_nets and trained_policy. Of
+traffic lights, episodes are short: what an adversary does shows within minutes. Leaves learned_attack.csv in the run's
+folder: a row per attack, radius and seed.
 """
 
-import csv
-import functools
+import importlib
+import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import pydantic.dataclasses
 import torch
 import tyro
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "baselines"))
+sys.path.insert(0, str(ROOT))
 
-import ernie_mappo
-from benchmarks import certify
+import envs  # noqa: E402
+import ernie_mappo  # noqa: E402  (the root must be on the path first)
+from envs import perturb, robustness, runs  # noqa: E402
+
+Attacks = Annotated[tuple[Literal["gaussian", "mad", "learned"], ...], Field(min_length=1)]
+Radii = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
 
 
-@dataclass
+@pydantic.dataclasses.dataclass(config={"allow_inf_nan": False})
 class Args:
-    run_dir: Annotated[Path, tyro.conf.Positional]
-    """folder of a finished run"""
-    attack: tuple[Literal["gaussian", "mad", "learned"], ...] = ("gaussian", "mad", "learned")
-    """noise of this mean length, the observations that change the policy most, and the adversaries of this script"""
-    radius: tuple[float, ...] = (0.2, 0.5, 1.0)
-    """radii in the unit of the run's own attacks"""
+    run_dir: Annotated[Path, tyro.conf.Positional]  # folder of a run
+    attack: Attacks = ("gaussian", "mad", "learned")  # noise of this mean length, worst observations, adversaries
+    radius: Radii = (0.2, 0.5, 1.0)  # radii in the unit of the run's own attacks
     space: Literal["policy", "observation"] = "policy"
     """what a learned adversary chooses: a direction of the policy's output, or the change of every entry"""
-    iterations: int = 150
-    """PPO iterations of an adversary"""
-    num_envs: int = 64
-    """environments of a seed that step together; an iteration is an episode of each"""
-    eval_episodes: int = 256
-    """episodes of a seed in which every attack is measured"""
-    ascent_steps: int = 3
-    """projected ascent steps of --space policy"""
-    learning_rate: float = 1e-3
-    """Adam step size of the adversaries, linear to 0"""
-    init_std: float = 0.5
-    """standard deviation of their first actions, which are cut to [-1, 1]"""
-    seconds: int = 300
-    """traffic lights: length of an episode"""
-    warmup: int = 300
-    """traffic lights: seconds of random switching before it"""
-    compile: bool = False
-    """compile the environment step (torch.compile), which pays off for traffic lights"""
-    seed: int = 1
-    """seed of the adversaries"""
-    cuda: bool = True
-    """use the GPU if there is one"""
+    iterations: PositiveInt = 150  # PPO iterations of an adversary
+    num_envs: PositiveInt = 64  # environments of a seed that step together; an iteration is an episode of each
+    eval_episodes: PositiveInt = 256  # episodes of a seed in which every attack is measured
+    ascent_steps: PositiveInt = 3  # projected ascent steps of --space policy
+    learning_rate: PositiveFloat = 1e-3  # Adam step size of the adversaries, linear to 0
+    init_std: PositiveFloat = 0.5  # standard deviation of their first actions, which are cut to [-1, 1]
+    seconds: PositiveInt = 300  # traffic lights: length of an episode
+    warmup: NonNegativeInt = 300  # traffic lights: seconds of random switching before it
+    compile: bool = False  # compile the environment step, which pays off for traffic lights
+    seed: NonNegativeInt = 1  # seed of the adversaries
+    cuda: bool = True  # use the GPU if there is one
 
     def __post_init__(self):
-        for name, holds, rule in (
-            ("iterations num_envs eval_episodes ascent_steps seconds", lambda v: v >= 1, "at least 1"),
-            ("warmup", lambda v: v >= 0, "0 or more"),
-            ("learning_rate init_std", lambda v: v > 0, "above 0"),
-            ("radius", lambda v: v and all(r > 0 for r in v), "one value or more above 0"),
-            ("attack", lambda v: v and len(set(v)) == len(v), "one attack or more, each once"),
-        ):
-            for flag in name.split():
-                if not holds(getattr(self, flag)):
-                    raise ValueError(f"--{flag.replace('_', '-')} must be {rule}, got {getattr(self, flag)!r}")
+        for name in ("attack", "radius"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must have different values, got {values}")
 
 
 @dataclass
 class Victim:
     """The frozen policies of all seeds of a run."""
 
-    script: object
-    args: object
-    build: Callable[[int], object]
-    """number of environments -> environment"""
-    output: Callable[[object, Tensor], Tensor]
-    """env, observations [S, N, M, O] -> what is attacked of the policies' output [S, N, M, A]"""
-    respond: Callable[[object, Tensor], Tensor]
-    """env, observations [S, N, M, O] -> actions as env.step takes them"""
-    mad: Callable[..., Tensor]
-    """env, observations [S, N, M, O], radius, generators -> the worst observations"""
-    unit: Tensor
-    """one unit of radius in each entry of an observation [S or 1, N, 1, O]; 0 where nothing is perturbed"""
-    compile: bool
-    """compile the environment step"""
-    measure: str = "Return of the cooperating agents"
-    """what the run's own report shows"""
-    scale: float = 1.0
-    """of an agent's return to that"""
+    args: object  # of the run
+    build: Callable  # number of environments -> environment
+    make_policy: Callable  # env -> robustness.Policy
+    compile: bool = False  # the environment step
 
-    def __post_init__(self):
-        self.norm = getattr(self.args, "norm", "l2")
-        self.task = functools.cache(self.task)  # compiled once
+    def task(self, num_envs: int) -> tuple[envs.Env, Callable]:
+        """Environment, and its step, compiled once for each size."""
+        if num_envs not in self.tasks:
+            env = self.build(num_envs)
+            step = torch.compile(env.step, fullgraph=True) if self.compile else env.step
+            self.tasks[num_envs] = env, step
+        return self.tasks[num_envs]
 
-    def task(self, num_envs: int) -> tuple[object, Callable]:
-        """Environment, and its step."""
-        env = self.build(num_envs)
-        return env, torch.compile(env.step, fullgraph=True) if self.compile else env.step
+    @cached_property
+    def tasks(self) -> dict:
+        return {}
 
 
-def load(run_dir: Path, device: torch.device, asked: Args) -> Victim:
-    """Raises SystemExit, with one line, for what is no run of these scripts."""
-    path = run_dir / "checkpoint.pt" if run_dir.is_dir() else run_dir
+def load_run(run_dir: Path) -> tuple:
+    """The script that left this folder, as a module, its arguments, and what policy.pt or checkpoint.pt holds. Raises
+    ValueError for what is no folder of a run."""
+    folder = runs.folder(str(run_dir))
     try:
-        name = torch.load(path, map_location="cpu", weights_only=True)["script"]
-    except Exception as error:
-        sys.exit(f"attack.py: error: {run_dir} is no readable run ({type(error).__name__})")
-    if not name.startswith("ernie_"):
-        sys.exit(f"attack.py: error: {run_dir} is a run of {name}.py, which has no observations of this kind")
-    script, args, state = certify.restore(name, run_dir)
-    lights = {}
-    if certify.is_traffic(script, args):
-        args, lights = script.replace(args, backend="torch"), {"horizon": asked.seconds, "warmup": asked.warmup}
-    build, make = certify.makers(script, args, device=device, **lights)
-    some = build(args.num_seeds)
-    nets, _ = make(some, args, state)
-    if name == "ernie_maddpg":
-        unit = some.obs_mask[None, :, None] * 1.0
+        name = json.loads((folder / "args.json").read_text())["script"]
+        script = importlib.import_module(name)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ValueError(f"{run_dir} is no folder of a run: {error}") from None
+    path = folder / "policy.pt" if (folder / "policy.pt").exists() else folder / "checkpoint.pt"
+    checkpoint = runs.load(path)
+    try:
+        return script, script.Args(**checkpoint["args"]), checkpoint
+    except TypeError as error:
+        raise ValueError(f"{path} does not fit {name}.py: {error}") from None
 
-        def output(env, obs):
-            return script.policy(nets["actor"], obs, env, args)
 
-        def respond(env, obs):
-            return script.to_env(script.squash(output(env, obs), env).transpose(1, 2), env)
-
-        def mad(env, obs, radius, generators):
-            return script.attack("mad", nets, obs, radius, generators, env, args)
-
-        return Victim(script, args, build, output, respond, mad, unit, asked.compile)
-    if name == "ernie_meanfield":  # there observations are [S, M, N, O], whose last entries, messages, are mute
-        unit = (torch.arange(some.obs_mask.shape[1], device=device) < 2 + 4 * some.num_agents)[None, None, None] * 1.0
-
-        def output(env, obs):
-            return script.act_on(nets, obs.transpose(1, 2), env, args).transpose(1, 2)
-
-        def respond(env, obs):
-            return script.squash_agents(output(env, obs).transpose(1, 2), env).flatten(0, 1)
-
-        def mad(env, obs, radius, generators):
-            return script.mad_attack(nets, obs.transpose(1, 2), radius, generators, env, args).transpose(1, 2)
-
-        return Victim(script, args, build, output, respond, mad, unit, asked.compile)
-    norm = state["norm"].to(device)
-    mean, std = norm[:, :, None].unbind(3)
-
-    def normalize(obs):  # as the script's, but with a gradient where an entry never varied
-        return torch.where(std > 0, (obs - mean) / torch.where(std > 0, std, 1), 0).clamp(-10, 10)
-
-    if name == "ernie_mappo":
-        unit = script.perturbation_unit(norm, script.replace(args, epsilon_units="raw"))
-        attack = script.attack_policies_mad
-
-        def whole(env, obs):
-            return script.policies(nets["actor"], normalize(obs), env, args)
-
-        def output(env, obs):  # of normal policies the mean
-            return whole(env, obs)[..., : env.action_mask.shape[1]]
-
-        def respond(env, obs):
-            return script.to_step(script.choose(whole(env, obs), None, env), env)
-
-    else:
-        unit = script.perturbation_unit(norm, args)
-        if name == "ernie_coma":
-            attack = partial(script.attack_policies, "mad")
-        else:
-
-            def attack(nets, x, unit, radius, generators, env, args):
-                return script.attack_lights("mad", nets["local"], x, unit, radius, generators, args)
-
-        def output(env, obs):  # logits, or the values of a light's own Q
-            if name == "ernie_coma":
-                return script.policy(nets["actor"], normalize(obs), env, args)
-            return script.forward(nets["local"].layers(), normalize(obs), args.activation)
-
-        def respond(env, obs):
-            return output(env, obs).argmax(-1).transpose(1, 2).flatten(0, 1)
-
-    def mad(env, obs, radius, generators):
-        x = attack(nets, normalize(obs), unit, radius, generators, env, args)
-        return torch.where(std > 0, mean + std * x, obs)
-
-    victim = Victim(script, args, build, output, respond, mad, unit * std, asked.compile)
-    if lights:
-        victim.measure, victim.scale = "Reward of all lights in a second", some.num_agents / asked.seconds
-    return victim
+def load(device: torch.device, asked: Args) -> Victim:
+    """Raises ValueError for what is no run with policies that observe."""
+    script, args, checkpoint = load_run(asked.run_dir)
+    if not hasattr(script, "trained_policy"):
+        raise ValueError(f"{asked.run_dir} is a run of {script.__name__}.py, whose policies cannot be attacked so")
+    build = partial(script.make_env, args, device=device)
+    if args.env_id.startswith("traffic_"):
+        build = partial(build, horizon=asked.seconds, warmup=asked.warmup)
+    nets, _ = script.make_nets(build(num_envs=args.num_seeds), args)
+    runs.restore({"nets": {name: net.flat for name, net in nets.items()}}, checkpoint)
+    make_policy = partial(script.trained_policy, nets, args=args)
+    return Victim(args, lambda num_envs: build(num_envs=num_envs), make_policy, asked.compile)
 
 
 class Adversaries:
@@ -211,110 +133,111 @@ class Adversaries:
     def __init__(self, victim: Victim, num_envs: int, radius: float, args: Args):
         self.victim, self.radius, self.args, self.num_envs = victim, radius, args, num_envs
         self.task, self.advance = victim.task(num_envs)
-        env = self.task
-        self.team, self.device, self.dtype = env.cooperators, env.device, env.dtype
-        self.num_agents, self.horizon, self.discrete = int(env.cooperators.sum()), env.horizon, False
-        self.obs_mask = env.obs_mask[self.team]
-        self.action_mask = self.obs_mask if args.space == "observation" else env.action_mask[self.team]
-        self.action_high, self.action_low = 1.0 * self.action_mask, -1.0 * self.action_mask
-        self.cooperators = torch.ones_like(env.cooperators[self.team])
+        self.policy = victim.make_policy(self.task)
+        self.num_seeds = victim.args.num_seeds
+        self.team, self.device, self.dtype = self.task.cooperators, self.task.device, self.task.dtype
+        self.horizon = self.task.horizon
+        self.agents = [name for name, chosen in zip(self.task.agents, self.team.tolist()) if chosen]
+        self.num_agents = len(self.agents)
+        self.cooperators = torch.ones(self.num_agents, dtype=torch.bool, device=self.device)
+        self.obs_mask = self.task.obs_mask[self.team]
+        self.live = (self.task.obs_mask & self.team[:, None])[:, None].to(self.dtype)  # [N, 1, O]
+        self.unit = self.live if self.policy.unit is None else self.live * self.policy.unit
+        self.action_mask = self.obs_mask if args.space == "observation" else self.task.action_mask[self.team]
+        self.action_sizes = (self.action_mask.shape[1],) * self.num_agents
+        self.discrete, self.action_low, self.action_high = False, -1.0, 1.0
 
-    def reset(self, generators):
+    def reset(self, generators: list[torch.Generator]):
         warmup = (self.advance,) if hasattr(self.task, "warmup") else ()
         state, obs = self.task.reset(generators, *warmup)
         return (state, obs), obs[:, self.team]
 
-    def draw(self, generators):
+    def draw(self, generators: list[torch.Generator]):
         return self.task.draw(generators)
 
     def perturb(self, obs: Tensor, choice: Tensor) -> Tensor:
-        """Observations [S, N, M, O] of all agents with those of the team moved as `choice` [S, N, M, A] says."""
-        script, unit, norm = self.victim.script, self.victim.unit.to(obs.dtype), self.victim.norm
-        live = unit * self.team[:, None, None]
+        """Observations [S, N, B, O] of all agents with those of the team moved as `choice` [S, N, B, A] says."""
+        norm, radius = self.policy.norm, self.radius
         if self.args.space == "observation":
-            delta = script.project(self.radius * choice * (live > 0), self.radius, norm)
-            return obs + live * delta
+            return obs + self.unit * perturb.project(radius * choice * (self.unit != 0), radius, norm)
 
         def objective(delta: Tensor) -> Tensor:
-            return (choice * self.victim.output(self.task, obs + live * delta)).sum(-1)
+            return (choice * self.policy.output(obs + self.unit * delta)[..., : choice.shape[-1]]).sum()
 
-        ball, size = partial(script.project, epsilon=self.radius, norm=norm), 2 * self.radius / self.args.ascent_steps
-        delta = script.unroll(objective, torch.zeros_like(obs), self.args.ascent_steps, size, ball, False)
-        return obs + live * delta
+        delta = torch.zeros_like(obs)
+        for _ in range(self.args.ascent_steps):
+            slope = torch.func.grad(objective)(delta)
+            length = perturb.length(slope, "l2").clamp_min(1e-8)
+            step = 2 * radius / self.args.ascent_steps * slope / length
+            delta = perturb.project(delta + step, radius, norm)
+        return obs + self.unit * delta
 
-    def step(self, state, action, noise):
-        (state, obs), S = state, self.victim.args.num_seeds
-        everybody = torch.zeros(len(obs), self.task.num_agents, action.shape[-1], dtype=obs.dtype, device=obs.device)
-        everybody[:, self.team] = action.to(obs.dtype)
-        seen, choice = (x.unflatten(0, (S, -1)).transpose(1, 2) for x in (obs, everybody))
-        joint = self.victim.respond(self.task, self.perturb(seen, choice))
-        state, obs, reward, terminated, truncated, info = self.advance(state, joint, noise)
-        paid = -reward[:, self.team].mean(1, keepdim=True).expand(-1, self.num_agents)
-        return (state, obs), obs[:, self.team], paid, terminated, truncated, info
+    def respond(self, seen: Tensor) -> Tensor:
+        return envs.for_env(self.policy.act(seen), self.task)
 
-
-@torch.no_grad()
-def undisturbed(env: Adversaries, num_seeds: int, generators) -> dict[str, Tensor]:
-    """Observations of an episode in which the adversaries change nothing, as in a replay, for their norm."""
-    state, obs = env.reset(generators)
-    nothing, seen = torch.zeros(len(obs), *env.action_mask.shape, device=env.device), [obs]
-    for _ in range(env.horizon):
-        state, obs, *_ = env.step(state, nothing, env.draw(generators))
-        seen.append(obs)
-    return {"obs": torch.stack(seen, 1).unflatten(0, (num_seeds, -1))}
+    def step(self, state: tuple, action: Tensor, noise: Tensor | None):
+        state, obs = state
+        choice = torch.zeros(len(obs), self.task.num_agents, action.shape[-1], dtype=obs.dtype, device=obs.device)
+        choice[:, self.team] = action.to(obs.dtype)
+        seen = self.perturb(envs.by_agent(obs, self.num_seeds), envs.by_agent(choice, self.num_seeds))
+        state, obs, reward, terminated, truncated, info = self.advance(state, self.respond(seen), noise)
+        loss = -reward[:, self.team].mean(1, keepdim=True).expand(-1, self.num_agents)
+        return (state, obs), obs[:, self.team], loss, terminated, truncated, info
 
 
 def learn(victim: Victim, radius: float, args: Args) -> Callable:
-    """Adversaries of all seeds, trained side by side; (env, obs) -> their choices without noise."""
-    options = {"num_seeds": victim.args.num_seeds, "seed": args.seed, "num_envs": args.num_envs, "regularizer": "none"}
-    options |= {"learning_rate": args.learning_rate, "init_std": args.init_std, "num_minibatches": 4}
-    ppo = ernie_mappo.Args(env_id="simple_spread_v3", cuda=args.cuda, **options)
+    """Adversaries of all seeds, trained side by side: what they see [S, N, B, O] -> their choices without noise."""
+    ppo = ernie_mappo.Args(
+        env_id="simple_spread_v3",
+        num_seeds=victim.args.num_seeds,
+        seed=args.seed,
+        num_envs=args.num_envs,
+        num_minibatches=4,
+        learning_rate=args.learning_rate,
+        init_std=args.init_std,
+        regularizer="none",
+    )
     env = Adversaries(victim, ppo.num_seeds * ppo.num_envs, radius, args)
-    nets, optimizer = ernie_mappo.make_mappo(env, ppo)
-    names = ("rollout", "minibatches", "noise")
-    streams = {n: ernie_mappo.make_generators(args.seed, ppo.num_seeds, n, env.device) for n in names}
-    norm = ernie_mappo.measure_norm(undisturbed(env, ppo.num_seeds, streams["rollout"]), ppo.num_envs)
-    value_norm = torch.zeros(3, ppo.num_seeds, 1, env.num_agents, dtype=torch.float64, device=env.device)
-    unit = ernie_mappo.perturbation_unit(norm, ppo)
+    nets, optimizers = ernie_mappo.make_nets(env, ppo)
+    new_streams = partial(envs.make_generators, args.seed, ppo.num_seeds, device=env.device)
+    streams = {purpose: new_streams(purpose) for purpose in ("norm", "rollout", "minibatches")}
+    ernie_mappo.measure(env.step, env, nets["normalizer"], streams["norm"])
+    losses = {"critic": ernie_mappo.critic_loss, "actor": ernie_mappo.actor_loss}
     for k in tqdm(range(args.iterations), desc=f"radius {radius:g}", disable=None):
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - k / args.iterations)
-        replay = ernie_mappo.play_episodes(env.step, env, nets["actor"], norm, streams["rollout"], ppo)
-        batch, value_norm = ernie_mappo.prepare_episodes(nets, replay, norm, value_norm, env, ppo)
-        ernie_mappo.update_ppo(nets, optimizer, ernie_mappo.ppo_loss, batch, unit, streams, env, ppo)
-
-    def choices(env, obs):
-        z = ernie_mappo.policies(nets["actor"], ernie_mappo.normalize(obs, norm), env, ppo)
-        return ernie_mappo.to_step(ernie_mappo.choose(z, None, env), env)
-
-    return choices
+        optimizers["adam"].param_groups[0]["lr"] = args.learning_rate * (1 - k / args.iterations)
+        episodes = ernie_mappo.rollout(env.step, env, nets, streams["rollout"], ppo)
+        samples = ernie_mappo.prepare(nets, episodes, env, ppo)
+        for batch in ernie_mappo.minibatches(samples, streams["minibatches"], ppo):
+            ernie_mappo.update(nets, optimizers, losses, batch, env, ppo)
+    return ernie_mappo.trained_policy(nets, env, ppo).act
 
 
 @torch.no_grad()
-def returns(victim: Victim, attack: str, radius: float, args: Args, choices: Callable | None = None) -> Tensor:
-    """Mean return of the cooperating agents [S] under an attack, on the same episodes for all."""
-    S = victim.args.num_seeds
-    env, total = Adversaries(victim, S * args.eval_episodes, radius, args), 0.0
-    streams = ernie_mappo.make_generators(victim.args.seed, S, "learned attack", env.device)
-    extra = ernie_mappo.make_generators(victim.args.seed, S, "attack's own", env.device)
+def returns(victim: Victim, attack: str, radius: float, args: Args, choose: Callable | None = None) -> Tensor:
+    """Mean return of the cooperating agents [S] under an attack, on the same episodes for all; of traffic lights the
+    reward of all in a second."""
+    S, total = victim.args.num_seeds, 0.0
+    env = Adversaries(victim, S * args.eval_episodes, radius, args)
+    streams = envs.make_generators(victim.args.seed, S, "learned attack", env.device)
+    own_streams = envs.make_generators(victim.args.seed, S, "attack's own", env.device)
     state, obs = env.reset(streams)
     for _ in range(env.horizon):
-        if choices is not None:
-            action = choices(env, obs.unflatten(0, (S, -1)).transpose(1, 2))
-            state, obs, reward, *_ = env.step(state, action, env.draw(streams))
-            total = total - reward[:, 0]
+        if attack == "learned":
+            action = choose(envs.by_agent(obs, S)).transpose(1, 2).flatten(0, 1)
+            state, obs, loss, *_ = env.step(state, action, env.draw(streams))
+            total = total - loss[:, 0]
             continue
-        world, everything = state
-        seen = everything.unflatten(0, (S, -1)).transpose(1, 2)
-        live = victim.unit.to(seen.dtype) * env.team[:, None, None]
+        seen = envs.by_agent(state[1], S)
         if attack == "gaussian":  # of mean squared length radius^2
-            share = (live > 0).sum(-1, keepdim=True).clamp_min(1)
-            noise = ernie_mappo.draw(torch.randn, seen.shape[1:], extra)
-            seen = seen + live * noise * radius / share.sqrt()
+            count = (env.unit != 0).sum(-1, keepdim=True).clamp_min(1)
+            noise = envs.per_seed(torch.randn, seen.shape[1:], own_streams)
+            seen = seen + env.unit * noise * radius / count.sqrt()
         elif attack == "mad":
-            seen = victim.mad(env.task, seen, radius, extra)
-        world, everything, reward, *_ = env.advance(world, victim.respond(env.task, seen), env.draw(streams))
-        state, total = (world, everything), total + reward[:, env.team].mean(1)
-    return total.unflatten(0, (S, -1)).mean(1) * victim.scale
+            seen = robustness.worst_observations(env.task, env.policy, "mad", seen, radius, own_streams)
+        inner, everything, reward, *_ = env.advance(state[0], env.respond(seen), env.draw(streams))
+        state, total = (inner, everything), total + reward[:, env.team].mean(1)
+    scale = env.num_agents / env.horizon if hasattr(env.task, "warmup") else 1.0
+    return total.unflatten(0, (S, -1)).mean(1) * scale
 
 
 def main() -> None:
@@ -322,24 +245,24 @@ def main() -> None:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
-    victim = load(args.run_dir, device, args)
-    points = [("clean", 0.0)] + [(attack, radius) for attack in args.attack for radius in args.radius]
-    rows, seed = [], victim.args.seed
-    print(f"{victim.measure}, {args.run_dir}: mean and 95% interval over seeds")
+    with runs.exits(2, ValueError, ImportError, OSError):
+        victim = load(device, args)
+    points = [("clean", 0.0)]
+    for attack in args.attack:
+        points += [(attack, radius) for radius in args.radius]
+    about = {"env_id": victim.args.env_id, "regularizer": getattr(victim.args, "regularizer", ""), "space": args.space}
+    rows = []
+    print(f"{args.run_dir}: mean and 95% interval over seeds")
     for attack, radius in points:
-        choices = learn(victim, radius, args) if attack == "learned" else None
-        values = returns(victim, attack, radius, args, choices).double().cpu().numpy()
-        half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else np.nan
-        print(f"  {attack:10s}{radius:6g}: {values.mean():8.2f} ± {half:.2f}", flush=True)
-        rows += [
-            {"seed": seed + k, "perturbation": attack, "strength": radius, "return": v} for k, v in enumerate(values)
-        ]
-    folder = args.run_dir if args.run_dir.is_dir() else args.run_dir.parent
-    with open(folder / "learned_attack.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ["env_id", "regularizer", "space", *rows[0]])
-        writer.writeheader()
-        about = {"env_id": victim.args.env_id, "regularizer": victim.args.regularizer, "space": args.space}
-        writer.writerows(about | row for row in rows)
+        choose = learn(victim, radius, args) if attack == "learned" else None
+        values = returns(victim, attack, radius, args, choose).double().cpu().numpy()
+        half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else math.nan
+        print(f"  {attack:10s}{radius:6g}: {np.mean(values):8.2f} ± {half:.2f}", flush=True)
+        for k, value in enumerate(values):
+            row = {"seed": victim.args.seed + k, "perturbation": attack, "strength": radius, "return": value}
+            rows.append(about | row)
+    with runs.exits(1, OSError):
+        runs.write_rows(runs.folder(str(args.run_dir)) / "learned_attack.csv", rows)
 
 
 if __name__ == "__main__":

@@ -33,61 +33,68 @@ this, with the local constants around visited observations, is the estimate.
 Axes: S seeds, N agents, E episodes, T steps, M samples, O observation, A action.
 """
 
-import csv
-import importlib
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
+import pydantic.dataclasses
 import torch
 import tyro
+from pydantic import Field, PositiveFloat, PositiveInt
 from scipy import stats
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import envs  # noqa: E402  (the root must be on the path first)
+from benchmarks import attack  # noqa: E402
+from envs import perturb, robustness, runs  # noqa: E402
+
 SCRIPTS = ("ernie_maddpg", "ernie_mappo", "ernie_coma", "ernie_qcombo")
+SAMPLED = ("ernie_coma", "ernie_mappo")  # whose discrete policies draw their actions
 SLOPES = {"relu": 1.0, "tanh": 1.0, "silu": 1.1}  # of the activations, at most
 REWARDS = {"simple_crypto_v3": 4.0}  # width of the interval of a team's rewards, where messages are one-hot
 
 
-@dataclass
+@pydantic.dataclasses.dataclass(config={"allow_inf_nan": False})
 class Args:
-    run_dirs: tyro.conf.Positional[tuple[Path, ...]]
-    """folders of finished runs"""
-    radii: tuple[float, ...] = (0.001, 0.01, 0.1)
+    run_dirs: tyro.conf.Positional[Annotated[tuple[Path, ...], Field(min_length=1)]]  # folders of runs
+    radii: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.001, 0.01, 0.1)
     """sizes of the perturbation in the run's own unit of --epsilon"""
-    samples: int = 1000
-    """M, visited observations of an agent and seed, rounded up to whole episodes"""
-    episodes: int | None = None
-    """episodes of a seed in which losses are measured; default: the run's --eval-episodes"""
+    samples: PositiveInt = 1000  # M, visited observations of an agent and seed, rounded up to whole episodes
+    episodes: PositiveInt | None = None  # of a seed, in which losses are measured; default: the run's --eval-episodes
 
 
 @dataclass
 class Run:
     """The policies of all seeds of a run, and S * E environments."""
 
-    script: object
     args: object
-    env: object
-    network: Callable[[Tensor], Tensor]
-    """observations x [S, N, M, O], normalised -> output [S, N, M, A]: logits, Q-values, or means before tanh"""
+    env: envs.Env
+    policy: robustness.Policy
     weights: list[Tensor]
-    """of the layers, [S, N, out, in]; of the last one only the rows of the output, 0 in padding"""
-    respond: Callable[[Tensor], Tensor]
-    """output -> actions as env.step takes them"""
-    norm: Tensor | None
-    """mean and standard deviation [S, N, 2, O] by which observations are normalised"""
-    unit: Tensor | None = None
-    """one unit of epsilon in each entry of x, [S, N, 1, O]"""
+    """of the layers, [S, N, out, in], the first one as seen by raw observations; of the last one only the rows of the
+    output, 0 in padding"""
+    std: Tensor | None  # [S, N, 1, O] by which observations are divided, 0 where an entry never varied
+    sampled: bool = False  # actions are drawn from softmax policies; else the best one or the mean is taken
+    unit: Tensor | None = None  # of epsilon in each entry of an observation, [S, N, 1, O]
 
-    @property
-    def sampled(self) -> bool:
-        """Whether actions are drawn from softmax policies; else the best one or the mean is taken."""
-        return self.env.discrete and self.script.__name__ in ("ernie_coma", "ernie_mappo")
+    def network(self, x: Tensor) -> Tensor:
+        """Observations [S, N, M, O] -> logits, Q-values, or means before squashing [S, N, M, A]."""
+        return self.policy.output(x)[..., : self.env.action_mask.shape[1]]
+
+    def measure_unit(self, x: Tensor) -> None:
+        """The unit of the run's --epsilon, where it needs them from visited observations x."""
+        live = self.env.obs_mask[:, None].to(x.dtype)
+        if self.std is not None:
+            live = live * (self.std > 0)
+        std = x.std(2, keepdim=True) if self.std is None else self.std
+        unit = live * std if self.args.epsilon_units == "std" else live
+        self.unit = unit.expand(len(x), -1, -1, -1)
 
     @property
     def reach(self) -> Tensor:
@@ -96,80 +103,32 @@ class Run:
         return live.sqrt() if self.args.norm == "linf" else torch.ones_like(live)
 
 
-def fail(message: str) -> None:
-    print(f"certify.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def script_of(folder: Path) -> str:
-    """The script that left this folder."""
-    path = next((p for p in (folder / "checkpoint.pt", folder / "checkpoint.previous.pt") if p.exists()), None)
-    if path is None:
-        fail(f"{folder} is no folder of a run: it has no checkpoint")
-    try:
-        name = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["script"]
-    except Exception as error:
-        fail(f"{path} is no readable checkpoint ({type(error).__name__})")
-    if name not in SCRIPTS:
-        fail(f"{folder} is a run of {name}.py; this is for runs of {', '.join(f'{s}.py' for s in SCRIPTS)}")
-    return name
-
-
-def restore(name: str, folder: Path, *flags: str):
-    """Script, arguments and state of a run as its own --evaluate has them; scripts read their flags from sys.argv."""
-    script, argv = importlib.import_module(name), sys.argv
-    sys.argv = [f"{name}.py", "--evaluate", str(folder), *flags]
-    args, state, _ = script.load_run(script.parse_args())
-    sys.argv = argv
-    return script, args, state
-
-
-def is_traffic(script, args) -> bool:
-    return script.__name__ == "ernie_qcombo" or script.__name__ == "ernie_coma" and args.is_traffic
-
-
-def makers(script, args, **fields) -> tuple[Callable, Callable]:
-    """What builds the environments of a run, with these `fields`, and what makes its networks."""
-    name = script.__name__
-    environments = {"ernie_maddpg": "make_env", "ernie_mappo": "make_task", "ernie_meanfield": "make_crowd_env"}
-    networks = {"ernie_maddpg": "make_nets", "ernie_mappo": "make_mappo", "ernie_coma": "make_coma"}
-    networks |= {"ernie_qcombo": "make_q", "ernie_meanfield": "make_mean_field"}
-    build = getattr(script, "make_traffic" if is_traffic(script, args) else environments.get(name, "make_particles"))
-    return partial(build, args, **fields), getattr(script, networks[name])
-
-
 def load(folder: Path, asked: Args) -> Run:
-    """Environments, networks and norm of a run."""
-    name = script_of(folder)
-    script, args, state = restore(name, folder, "--no-cuda")
+    """Environments and policies of a run. Raises ValueError for a folder of something else."""
+    script, args, checkpoint = attack.load_run(folder)
+    if script.__name__ not in SCRIPTS:
+        raise ValueError(f"{folder} is a run of {script.__name__}.py; this is for {', '.join(SCRIPTS)}")
+    args = replace(args, eval_episodes=asked.episodes or args.eval_episodes, cuda=False)
     device = script.setup(args)
-    args = replace(args, eval_episodes=asked.episodes or args.eval_episodes)
-    lights = {"horizon": args.eval_seconds, "warmup": args.eval_warmup} if is_traffic(script, args) else {}
-    build, make = makers(script, args, **lights)
-    enough = math.ceil(asked.samples / build(num_envs=1, device=device).horizon)
-    env = build(num_envs=args.num_seeds * max(args.eval_episodes, enough), device=device)
-    nets, _ = make(env, args, state)
-    net, (O, A) = nets["local" if "local" in nets else "actor"], (env.obs_mask.shape[1], env.action_mask.shape[1])
+    build = partial(script.make_env, args, device=device)
+    if args.env_id.startswith("traffic_"):
+        build = partial(build, horizon=args.eval_seconds, warmup=args.eval_warmup)
+    enough = math.ceil(asked.samples / build(num_envs=1).horizon)
+    env = build(num_envs=args.num_seeds * max(args.eval_episodes, enough))
+    nets, _ = script.make_nets(env, args)
+    runs.restore({"nets": {name: net.flat for name, net in nets.items()}}, checkpoint)
+    net = nets["local"] if "local" in nets else nets["actor"]
     net.flat.requires_grad_(False)
-
-    def network(x: Tensor) -> Tensor:
-        if name == "ernie_mappo":
-            return script.policies(net, x, env, args)[..., :A]  # without standard deviations
-        if name == "ernie_qcombo":
-            return script.forward(net.layers(), x, args.activation)
-        return script.policy(net, x, env, args)
-
-    def respond(z: Tensor) -> Tensor:
-        if env.discrete:
-            return z.argmax(-1).transpose(1, 2).flatten(0, 1)
-        if name == "ernie_maddpg":
-            return script.to_env(script.squash(z, env).transpose(1, 2), env)
-        return script.to_step(z, env)
-
+    O, A = env.obs_mask.shape[1], env.action_mask.shape[1]
     weights = [w.unflatten(0, (args.num_seeds, -1)).expand(-1, env.num_agents, -1, -1) for w, _ in net.layers()]
     weights[0] = weights[0][..., :O]  # behind the observation MAPPO's shared policy is told the agent's number
     weights[-1] = weights[-1][:, :, :A] * env.action_mask[..., None]
-    return Run(script, args, env, network, weights, respond, state["norm"].to(device) if "norm" in state else None)
+    std = None
+    if "normalizer" in nets:
+        std = nets["normalizer"].flat[:, :, 1:]
+        weights[0] = torch.where(std > 0, weights[0] / std, 0.0)
+    sampled = env.discrete and script.__name__ in SAMPLED
+    return Run(args, env, script.trained_policy(nets, env, args), weights, std, sampled)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -220,12 +179,15 @@ def local_constants(run: Run, x: Tensor, kind: str) -> Tensor:
 def largest_nearby(run: Run, x: Tensor, kind: str, radius: float, generators, starts: int = 2) -> Tensor:
     """The largest local constant [S, N, M] found within `radius` of x: at x, at random points and after three ascent
     steps from each (which find nothing where Jacobians are piecewise constant, as of a relu network's output)."""
-    constant, script, best = partial(local_constants, run, kind=kind), run.script, local_constants(run, x, kind)
+    constant = partial(local_constants, run, kind=kind)
+    best = constant(x)
     for k in range(starts):
-        noise = script.draw(torch.randn, x.shape[1:], generators) * (run.unit > 0)
-        start = script.rescale(noise, radius * (k + 1) / starts, run.args.norm)
-        ball = partial(script.project, epsilon=radius, norm=run.args.norm)
-        end = script.unroll(lambda d: constant(x + run.unit * d), start, 3, 0.5 * radius, ball, stackelberg=False)
+        noise = envs.per_seed(torch.randn, x.shape[1:], generators) * (run.unit > 0)
+        start = end = perturb.rescale(noise, radius * (k + 1) / starts, run.args.norm)
+        for _ in range(3):
+            slope = torch.func.grad(lambda d: constant(x + run.unit * d).sum())(end)
+            step = 0.5 * radius * slope / perturb.length(slope, "l2").clamp_min(1e-8)
+            end = perturb.project(end + step, radius, run.args.norm)
         best = torch.stack([best, constant(x + run.unit * start), constant(x + run.unit * end)]).amax(0)
     return best
 
@@ -274,35 +236,39 @@ def printed_bound(changes: Tensor, width: float | Tensor, gamma: float) -> Tenso
 
 
 def perturbation(run: Run, x: Tensor, mode: str, radius: float, generators) -> Tensor:
-    """What is added to x [S, N, M, O] of cooperating agents: "gaussian" noise of mean length `radius`, cut to the ball,
-    or ("adversarial") what changes the policies most, by the script's regulariser in five steps (MAD)."""
-    options = {"attack_steps": 5, "attack_lr": 0.5, "attack_init": 0.5, "gaussian_std": None}
-    noise, unit = run.script.draw(torch.randn, x.shape[1:], generators), run.unit * run.env.cooperators[:, None, None]
-    rest = (noise, unit, replace(run.args, epsilon=radius, **options))
-    _, delta = run.script.regularizer(mode, run.network, x, run.network(x), *rest)
-    return torch.where(unit > 0, unit * run.script.project(delta, radius, run.args.norm), 0)
+    """What is added to observations x [S, N, M, O] of cooperating agents: "gaussian" noise of mean length `radius`, cut
+    to the ball, or ("adversarial") what changes the policies most, in five ascent steps (MAD)."""
+    if mode == "adversarial":
+        policy = replace(run.policy, unit=run.unit, norm=run.args.norm, ascent_steps=5)
+        return robustness.worst_observations(run.env, policy, "mad", x, radius, generators) - x
+    live = (run.unit > 0).to(x.dtype)
+    half = live.sum(-1, keepdim=True) / 2
+    mean_length = math.sqrt(2) * (torch.lgamma(half + 0.5) - torch.lgamma(half)).exp()
+    delta = envs.per_seed(torch.randn, x.shape[1:], generators) * live * radius / mean_length.clamp_min(1e-9)
+    return perturb.project(delta, radius, run.args.norm) * run.unit * run.env.cooperators[:, None, None]
 
 
 @torch.no_grad()
 def play(run: Run, generators, attackers=None, mode: str = "clean", radius: float = 0.0, kept: int = 0):
-    """Episodes of all environments: team rewards [S, E, T], mean over cooperating agents, and normalised observations
-    [S, N, kept * T, O] of the first episodes. `generators` are those of the game, `attackers` of what disturbs it."""
-    env, S, rewards, seen = run.env, run.args.num_seeds, [], []
+    """Episodes of all environments: team rewards [S, E, T], mean over cooperating agents, and observations [S, N,
+    kept * T, O] of the first episodes. `generators` are those of the game, `attackers` of what disturbs it."""
+    env, S = run.env, run.args.num_seeds
+    rewards, seen = [], []
     state, obs = env.reset(generators)
     for _ in range(env.horizon):
-        x = obs.unflatten(0, (S, -1)).transpose(1, 2)  # [S, N, E, O]
-        x = x if run.norm is None else run.script.normalize(x, run.norm)
+        x = envs.by_agent(obs, S)  # [S, N, E, O]
         seen.append(x[:, :, :kept])
-        z = run.network(x if mode == "clean" else x + perturbation(run, x, mode, radius, attackers))
+        output = run.policy.output(x if mode == "clean" else x + perturbation(run, x, mode, radius, attackers))
         if run.sampled:
-            z = z + run.script.draw(run.script.gumbel, z.transpose(1, 2).shape[1:], generators).transpose(1, 2)
-        state, obs, reward, *_ = env.step(state, run.respond(z), env.draw(generators))
+            output = output + envs.per_seed(envs.gumbel, output.shape[1:], generators)
+        action = envs.for_env(run.policy.to_action(output), env)
+        state, obs, reward, *_ = env.step(state, action, env.draw(generators))
         rewards.append(reward[:, env.cooperators].mean(1).unflatten(0, (S, -1)))
     return torch.stack(rewards, 2), torch.stack(seen, 3).flatten(2, 3)
 
 
 def streams(run: Run, purpose: str) -> list[torch.Generator]:
-    return run.script.make_generators(run.args.seed, run.args.num_seeds, purpose, run.env.device)
+    return envs.make_generators(run.args.seed, run.args.num_seeds, purpose, run.env.device)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -371,16 +337,17 @@ def certify_values(run: Run, clean: Tensor, known: dict, radii: tuple[float, ...
 
 def write(found: Found, run: Run, path: Path) -> None:
     """A row per seed, agent (or team), quantity and radius."""
-    names = list(getattr(run.env, "agents", range(run.env.num_agents)))
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["env_id", "regularizer", "seed", "agent", "quantity", "worth", "radius", "value"])
-        for quantity, worth, radius, values in found:
-            agents = {names[n]: values[:, n] for n in run.env.cooperators.nonzero().flatten() if values.ndim > 1}
-            for agent, column in (agents or {"team": values}).items():
-                for k, value in enumerate(column.tolist()):
-                    label = [run.args.env_id, run.args.regularizer, run.args.seed + k, agent]
-                    writer.writerow([*label, quantity, worth, radius, value])
+    team, rows = run.env.cooperators.tolist(), []
+    for quantity, worth, radius, values in found:
+        columns = {"team": values}
+        if values.ndim > 1:
+            columns = {name: values[:, n] for n, name in enumerate(run.env.agents) if team[n]}
+        for agent, column in columns.items():
+            for k, value in enumerate(column.tolist()):
+                row = {"env_id": run.args.env_id, "regularizer": run.args.regularizer, "seed": run.args.seed + k}
+                row |= {"agent": agent, "quantity": quantity, "worth": worth, "radius": radius, "value": value}
+                rows.append(row)
+    runs.write_rows(path, rows)
 
 
 def table(found: Found, run: Run) -> str:
@@ -402,28 +369,21 @@ def table(found: Found, run: Run) -> str:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    if (
-        not args.run_dirs
-        or not args.radii
-        or min(*args.radii, args.samples, 1 if args.episodes is None else args.episodes) <= 0
-    ):
-        fail("folders of runs are needed, and --radii, --samples and --episodes above 0")
+    with runs.exits(2, ValueError, ImportError, OSError):
+        for folder in args.run_dirs:
+            attack.load_run(folder)
     for folder in args.run_dirs:
-        script_of(folder)
-    for folder in args.run_dirs:
-        run = load(folder, args)
+        with runs.exits(2, ValueError, ImportError):
+            run = load(folder, args)
         clean, x = play(run, streams(run, "certify"), kept=math.ceil(args.samples / run.env.horizon))
-        if run.norm is None:
-            unit = run.script.perturbation_scale(x, run.env, run.args)
-        else:
-            unit = run.script.perturbation_unit(run.norm, run.args)
-        run.unit = unit.expand(run.args.num_seeds, -1, -1, -1)
+        run.measure_unit(x)
         found, known = certify_policies(run, x, args.radii)
         found += certify_values(run, clean, known, args.radii) if run.sampled else []
-        write(found, run, folder / "certificates.csv")
+        with runs.exits(1, OSError):
+            write(found, run, runs.folder(str(folder)) / "certificates.csv")
         about = f"{run.args.env_id}, {run.args.regularizer}, {run.args.num_seeds} seeds, {x.shape[2]} observations each"
         unit = f"epsilon in {run.args.norm}, {run.args.epsilon_units} units"
-        print(f"\n{folder.name}: {run.script.__name__}.py, {about}; {unit}\n{table(found, run)}", flush=True)
+        print(f"\n{folder.name}: {about}; {unit}\n{table(found, run)}", flush=True)
         if not run.sampled:
             print("  no bound of the loss: Theorem 3.3 is about sampled actions, these are the best ones or the means")
 

@@ -20,12 +20,13 @@ strengths of the perturbations shown, on seeds of its own. A study leaves in `--
     STUDY.png             mean against level for every perturbation shown, and performance profiles
     verdicts.csv          the paper's claims, the paired differences behind them, and what they say
 
-A finished run is found in `--runs-dir` and not run again; one that was killed goes on from its last checkpoint. A run
-that fails is reported at the end and left out; the others go on.
+A run that finished with the same flags and seeds is found in `--runs-dir` and not run again; one that was killed goes
+on from its last checkpoint. A run that fails is reported at the end and left out; the others go on.
 """
 
 import csv
 import ctypes
+import hashlib
 import os
 import shutil
 import signal
@@ -39,14 +40,18 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pydantic.dataclasses
 import torch
 import tyro
 from matplotlib.figure import Figure
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import envs
 import ernie_qcombo
+from envs import bimatrix, runs
 from envs import traffic as streets
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,10 +90,10 @@ class Study:
     first: str = ""
     """method whose run the others continue, with flags `reuse`"""
     reuse: str = ""
-    label: Callable[[dict], str] | None = None
-    """method of a row, where one run holds several methods"""
-    picture: str = ""
-    """the script's own picture in place of ours"""
+    label: Callable[[dict, str], str] | None = None
+    """method of a row, where one run, whose own method comes second, holds several"""
+    picture: Callable[[dict[str, Rows], dict[str, Path]], Figure] | None = None
+    """drawn in place of ours, from the rows of each run and the files that they come from"""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -160,20 +165,93 @@ SENSITIVITY |= {f"epsilon_{e}": (f"--regularizer=stackelberg --epsilon={e}",) fo
 SENSITIVITY |= {f"attack_steps_{k}": (f"--regularizer=stackelberg --attack-steps={k}",) for k in (1, 3, 5)}
 
 
-def bimatrix_label(row: dict) -> str:
-    settings = [row["method"]]
-    settings += [f"epsilon {row['epsilon']}"] * (row["method"] == "ermas" and row["fixed_lambda"] == "False")
-    settings += [f"lambda {row['lambda_init']}"] * (row["fixed_lambda"] == "True")
-    settings += [f"q {row['q_train']}"] * (row["method"] != "ermas")
-    settings += [f"beta {row['beta']}"] * (row["method"] == "ermas" and row["beta"] != "0.4")
-    return ", ".join(settings + ["shared rewards"] * (row["cross_terms"] == "True"))
+def game_label(row: dict, run: str) -> str:
+    """The setting of a row; runs "fixed" and "shared" keep their lambda, the latter with shared rewards."""
+    if row["method"] != "ermas":
+        return f"{row['method']}, q {row['q_train']}"
+    if run in ("fixed", "shared"):
+        return f"ermas, lambda {row['lambda_init']}" + ", shared rewards" * (run == "shared")
+    return f"ermas, epsilon {row['epsilon']}" + f", beta {row['beta']}" * (row["beta"] != "0.4")
 
 
-def bimatrix(number: int, text: str, flags: str = "", **options) -> Study:
-    methods, quick = {f"figure{number}": (f"--figure={number}",)}, "--num-iterations=20 --eval-iterations=10"
+EPSILONS = "0 0.02 0.05 0.1 0.15 0.2 0.3 0.4"
+FIXED = "--method ermas --fixed-lambda --lambda-init 0 0.25 0.5 1 1.5 2 3 5"
+
+
+def game_points(axis, rows_of: dict[str, Rows]) -> None:
+    """Rewards of agents and planner, a point per setting with standard deviations over seeds; of each kind of setting
+    a colour. Epsilon or the fixed lambda stands beside the point."""
+    for k, (run, rows) in enumerate(rows_of.items()):
+        groups = {}
+        for row in rows:
+            groups.setdefault(row["method"], []).append(row)
+        for name, group in groups.items():
+            x, y = (np.array([float(row[f"eval/{who}_reward"]) for row in group]) for who in ("agent", "planner"))
+            axis.errorbar(x.mean(), y.mean(), y.std(), x.std(), marker="o", capsize=2, color=f"C{k}")
+            axis.annotate(name.removeprefix("ermas, "), (x.mean(), y.mean()), fontsize=6)
+        axis.plot([], [], "o", color=f"C{k}", label=run)
+    axis.set(xlabel="mean reward of both agents", ylabel="reward of the planner", title="rewards per step")
+    axis.legend(fontsize=8)
+
+
+def game_payoffs(axis, players: list[int]) -> None:
+    payoff = bimatrix.social_dilemma()[players].sum(0).numpy()
+    axis.imshow(payoff, origin="lower")
+    for (i, j), value in np.ndenumerate(payoff):
+        is_bright = value > (payoff.min() + payoff.max()) / 2
+        axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="black" if is_bright else "white")
+    names = " + ".join(bimatrix.Bimatrix.agents[player] for player in players)
+    axis.set(title=f"payoff of {names}", xlabel="column j", ylabel="row i")
+
+
+def game_curves(axis, path: Path, metric: str) -> None:
+    """Learning curves from metrics.csv beside `path`, a line per beta, with standard errors over seeds."""
+    curves: dict[float, dict[int, list[float]]] = {}
+    with open(path.with_name("metrics.csv"), newline="") as file:
+        for row in csv.DictReader(file):
+            steps = curves.setdefault(float(row["beta"]), {})
+            steps.setdefault(int(row["global_step"]), []).append(float(row[metric]))
+    for beta, steps in sorted(curves.items()):
+        values = np.array(list(steps.values()))  # [steps, K]
+        mean, error = values.mean(1), stats.sem(values, 1)
+        axis.plot(list(steps), mean, label=f"beta {beta:g}")
+        axis.fill_between(list(steps), mean - error, mean + error, alpha=0.2)
+    axis.set(xlabel="environment steps of a run", title=metric.removeprefix("eval/").replace("_", " "))
+    axis.legend(fontsize=8)
+
+
+def draw_figure_3(rows_of: dict[str, Rows], paths: dict[str, Path]) -> Figure:
+    figure = Figure(figsize=(17, 4), layout="constrained")
+    agents, planner, rewards, regret = figure.subplots(1, 4)
+    game_payoffs(agents, [0, 1])
+    game_payoffs(planner, [2])
+    game_points(rewards, rows_of)
+    rows = [row for row in rows_of["learned"] if row["method"].startswith("ermas")]
+    for kind, mark in (("exact", "o"), ("local", "^")):
+        columns = [f"ermas/{kind}_regret_{player}" for player in ("row", "column")]
+        values = [(float(row["epsilon"]), np.mean([float(row[c]) for c in columns])) for row in rows]
+        regret.plot(*zip(*values), mark, label=kind)
+    regret.axline((0, 0), slope=1, color="grey", lw=1, label="epsilon")
+    regret.set(xlabel="epsilon", ylabel="regret per step", title="regret of the agents")
+    regret.legend()
+    return figure
+
+
+def draw_figure_4(rows_of: dict[str, Rows], paths: dict[str, Path]) -> Figure:
+    figure = Figure(figsize=(17, 4), layout="constrained")
+    rewards, *curves = figure.subplots(1, 4)
+    game_points(rewards, rows_of)
+    for axis, player in zip(curves, bimatrix.Bimatrix.agents):
+        game_curves(axis, paths["betas"], f"eval/{player}_reward")
+    return figure
+
+
+def games(text: str, methods: dict[str, str], **options) -> Study:
+    quick = "--num-iterations=20 --eval-iterations=10"
     defaults = {"result": "results.csv", "value": "eval/planner_reward", "level": "", "shown": (), "claims": ()}
-    defaults |= {"picture": "report.png", "label": bimatrix_label, "seeds": (1, 10)}
-    return Study("ermas_bimatrix.py", text, methods, flags, quick, **defaults | options)
+    defaults |= {"label": game_label, "seeds": (1, 10)}
+    methods = {name: (flags,) for name, flags in methods.items()}
+    return Study("ermas_bimatrix.py", text, methods, quick=quick, **defaults | options)
 
 
 STUDIES = {
@@ -229,12 +307,29 @@ STUDIES = {
         methods=TRAFFIC_METHODS,
         claims=(("stackelberg", "none"), ("adversarial", "none")),
     ),
-    "bimatrix_3": bimatrix(3, "as epsilon grows the planner's reward falls and the agents' regret rises"),
-    "bimatrix_4": bimatrix(4, "no fixed lambda reaches these equilibria; very small and very large beta fail"),
-    "bimatrix_5": bimatrix(
-        5,
+    "bimatrix_3": games(
+        "as epsilon grows the planner's reward falls and the agents' regret rises",
+        {"learned": f"--method marl ermas --epsilon {EPSILONS}"},
+        flags="--env-id=repeated_bimatrix_v0",
+        picture=draw_figure_3,
+    ),
+    "bimatrix_4": games(
+        "no fixed lambda reaches these equilibria; very small and very large beta fail",
+        {
+            "learned": f"--method marl ermas --epsilon {EPSILONS}",
+            "fixed": FIXED,
+            "shared": f"{FIXED} --cross-terms",
+            "betas": "--method ermas --epsilon 0.2 --beta 0 0.2 0.4 0.6 0.9 1.5",
+        },
+        flags="--env-id=repeated_bimatrix_v0",
+        picture=draw_figure_4,
+    ),
+    "bimatrix_5": games(
         "ERMAS is at least as good as MARL trained at Q = 0.5; domain randomization and risk aversion give little",
-        "--epsilon 0.1 0.15 0.2 0.3",
+        {
+            "all": "--method ermas marl domain-randomization risk --epsilon 0.1 0.15 0.2 0.3",
+            "marl": "--method marl --q-train 0.5",
+        },
         result="test_games.csv",
         value="planner_reward",
         level="q",
@@ -272,7 +367,7 @@ FIGURES = {
 TABLES = {"ernie-2": ("coma",), "ernie-3": ("qcombo", "coma"), "ernie-4": ("qcombo", "coma")}
 
 
-@dataclass
+@pydantic.dataclasses.dataclass(config={"allow_inf_nan": False})
 class Args:
     figure: tuple[Literal[tuple(FIGURES)], ...] = ()
     """figures of the papers (ERNIE's Figures 1 to 7 and 9, ERMAS's 3 to 6)"""
@@ -286,11 +381,11 @@ class Args:
     """all figures and tables"""
     quick: bool = False
     """short runs of two seeds, results in a folder `quick`: to see that everything works, not for figures"""
-    seeds: tuple[int, int] | None = None
+    seeds: tuple[NonNegativeInt, NonNegativeInt] | None = None
     """first and last seed instead of the studies' own"""
     sumo: bool = False
     """--extra ladder: in SUMO too"""
-    episodes: int = 10
+    episodes: PositiveInt = 10
     """--extra ladder: episodes of each controller"""
     runs_dir: Path = ROOT / "runs" / "reproduce"
     """folder of the runs; on a cluster one that all machines see"""
@@ -298,10 +393,14 @@ class Args:
     """folder of the small CSV files and pictures"""
     ray_address: str | None = None
     """address of a Ray cluster; default: this machine"""
-    cpus_per_run: float = 1.0
+    cpus_per_run: PositiveFloat = 1.0
     """CPUs that a run takes"""
-    gpus_per_run: float = 0.0
+    gpus_per_run: NonNegativeFloat = 0.0
     """GPUs that a run takes, 0.25 for a quarter of one"""
+
+    def __post_init__(self):
+        if self.seeds and self.seeds[0] > self.seeds[1]:
+            raise ValueError(f"seeds must be the first and the last, got {self.seeds}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -323,7 +422,7 @@ def run(command: list[str], runs_dir: Path, pattern: str, result: str) -> Path:
     finished = list(runs_dir.glob(f"{pattern}/{result}"))
     if not finished:
         begun = sorted(path.parent for path in runs_dir.glob(f"{pattern}/checkpoint.pt"))
-        command = [command[0], f"--resume={begun[-1]}", "--no-track"] if begun else command
+        command = [command[0], f"--resume={begun[-1]}", "--wandb-mode=disabled"] if begun else command
         said = subprocess.run(
             [sys.executable, *command], capture_output=True, text=True, preexec_fn=end_with_parent, cwd=ROOT
         )
@@ -360,12 +459,20 @@ class Cluster:
         self.task = ray.remote(num_cpus=self.args.cpus_per_run, num_gpus=self.args.gpus_per_run, max_retries=5)(run)
 
     def start(self, name: str, study: Study, method: str, flags: str, seeds: tuple[int, int], *more: str):
-        """The task of a run; its name is `name`, the study's and the method's."""
+        """The task of a run; its name is `name`, the study's and the method's, with a digest of its flags and seeds:
+        a run with others is another run."""
         script = study.scripts.get(method, study.script)
         seed_flags = f"--seed={seeds[0]} --num-seeds={seeds[1] - seeds[0] + 1}"
         words = merged(study.flags, flags, *more, study.quick if self.args.quick else "", seed_flags)
-        name = "quick_" * self.args.quick + name
-        command = [str(ROOT / script), f"--exp-name={name}", *words, f"--runs-dir={self.args.runs_dir}", "--no-track"]
+        digest = hashlib.sha256(" ".join([script, *words]).encode()).hexdigest()[:8]
+        name = f"{'quick_' * self.args.quick}{name}-{digest}"
+        command = [
+            str(ROOT / script),
+            f"--exp-name={name}",
+            *words,
+            f"--runs-dir={self.args.runs_dir}",
+            "--wandb-mode=disabled",
+        ]
         task = self.task.options(name=name)
         return name, task.remote(command, self.args.runs_dir, f"*__{name}__{seeds[0]}__*", study.result)
 
@@ -423,13 +530,13 @@ def read(study: Study, method: str, flags: str, path: Path) -> Rows:
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
             found = {"script": study.scripts.get(method, study.script), "env_id": row.pop("env_id", "")}
-            found["method"] = study.label(row) if study.label else method
+            found["method"] = study.label(row, method) if study.label else method
             policy = row.pop("policy", None)  # traffic: the trained lights, or a fixed cycle
             if policy is not None and policy != dict(word.split("=") for word in flags.split())["--regularizer"]:
                 found["method"] = policy
             found |= {"perturbation": row.pop("perturbation", study.level or "training")}
             found |= {"level": row.pop(study.level, "0.0"), "seed": row.pop("seed")}
-            own = ("regularizer", "method", "standard_error", "episodes")
+            own = ("regularizer", "method", "num_agents", "standard_error", "episodes")
             rows.append(found | {k: v for k, v in row.items() if k not in own})
     return rows
 
@@ -584,7 +691,8 @@ def report(name: str, found: dict[str, tuple[str, Path]], args: Args) -> None:
     write(folder / f"{name}.csv", rows)
     write(folder / f"{name}_summary.csv", summarise(study, tables))
     if study.picture:
-        shutil.copy(next(iter(found.values()))[1].with_name(study.picture), folder / f"{name}.png")
+        paths = {method: path for method, (_, path) in found.items()}
+        study.picture(every, paths).savefig(folder / f"{name}.png", dpi=110)
     else:
         draw(name, study, tables, folder / f"{name}.png")
     if study.percentiles:
@@ -613,8 +721,11 @@ def in_sumo(args: Args, methods=("none", "stackelberg")) -> None:
     for method in methods:
         copy = args.runs_dir / f"in_sumo_{method}"
         copy.mkdir(exist_ok=True)
-        trained = max(args.runs_dir.glob(f"*__qcombo_{method}__{seeds[0]}__*/robustness.csv"))
-        shutil.copy(trained.with_name("checkpoint.pt"), copy)
+        pattern = f"*__qcombo_{method}-*__{seeds[0]}__*/policy.pt"
+        trained = max(args.runs_dir.glob(pattern), key=os.path.getmtime, default=None)
+        if trained is None:
+            sys.exit(f"reproduce.py: error: no {pattern} in {args.runs_dir}: --study qcombo trains it")
+        shutil.copy(trained, copy)
         command = [str(ROOT / study.script), f"--evaluate={copy}", "--eval-episodes=1", "--eval-seconds=1000"]
         here = run(command, args.runs_dir, copy.name, "robustness.csv")
         there = run([*command, "--backend=sumo"], args.runs_dir, copy.name, "robustness_sumo.csv")
@@ -667,12 +778,12 @@ def ladder(args: Args, seconds: int = 4000) -> None:
     rows = []
     for backend in ("torch", "sumo") if args.sumo else ("torch",):
         options = ernie_qcombo.Args(evaluate="none", backend=backend)
-        env = ernie_qcombo.make_traffic(options, args.episodes, torch.device("cpu"), warmup=1000, horizon=seconds)
+        env = ernie_qcombo.make_env(options, args.episodes, torch.device("cpu"), warmup=1000, horizon=seconds)
         step = env.step if backend == "sumo" else torch.compile(env.step, fullgraph=True, dynamic=False)
         for name, controller in CONTROLLERS.items():
             torch.manual_seed(0)
-            generators = ernie_qcombo.make_generators(1, 1, "ladder", torch.device("cpu"))
-            means = ernie_qcombo.simulate(env, step, lambda state, _: controller(env, state), generators)
+            generators = envs.make_generators(1, 1, "ladder", torch.device("cpu"))
+            means = streets.simulate(env, step, lambda state, _: controller(env, state), generators)
             values = {column: means[column].double().numpy() for column in ("reward", "left_per_minute", "backlog")}
             row = {"backend": backend, "controller": name, "reward": values["reward"].mean()}
             row |= {"interval95": interval(values["reward"]), "left_per_minute": values["left_per_minute"].mean()}
@@ -686,11 +797,15 @@ def main() -> None:
     wanted = [FIGURES[f] for f in (FIGURES if args.all else args.figure)]
     wanted += [TABLES[t] for t in (TABLES if args.all else args.table)] + [args.study]
     names = list(dict.fromkeys(name for group in wanted for name in group))
-    if not names and not args.extra:
-        sys.exit("reproduce.py: error: nothing asked for: --figure, --table, --study, --extra or --all")
     args.runs_dir = args.runs_dir.resolve()  # a task may start elsewhere
     args.results_dir = args.results_dir / "quick" if args.quick else args.results_dir
-    args.results_dir.mkdir(parents=True, exist_ok=True)
+    with runs.exits(2, ValueError, OSError):
+        if not names and not args.extra:
+            raise ValueError("nothing asked for: --figure, --table, --study, --extra or --all")
+        for folder in (args.runs_dir, args.results_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(f"cannot write into {folder}")
     failures = []
     if names:
         cluster = Cluster(args)

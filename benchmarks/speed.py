@@ -101,11 +101,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal
+from typing import Annotated, Literal
 
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # read when torch and jax are imported
 os.environ["SCIPY_ARRAY_API"] = "1"  # crazyflow insists
@@ -113,9 +111,11 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_th
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import pydantic
 import torch
 import tyro
 from matplotlib.figure import Figure
+from pydantic import Field, PositiveFloat, PositiveInt
 
 import envs
 import ermas_bimatrix
@@ -124,10 +124,11 @@ import ernie_coma
 import ernie_maddpg as script
 import ernie_mappo
 import ernie_meanfield
-from envs import sumo
+from envs import runs, sumo
 from envs.traffic import Traffic, fixed_time
 
 RESULTS = Path(__file__).parent / "results"
+Sizes = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 T = 25  # steps of an episode
 ENDS = ("", "_lower_quartile", "_upper_quartile")
 
@@ -201,16 +202,22 @@ OURS = {"eager": partial(ours, compile=False), "compiled": partial(ours, compile
 PEERS = {"mpe2": mpe2, "vmas": vmas, "jaxmarl": jaxmarl}
 
 
-@dataclass
+@pydantic.dataclasses.dataclass(config={"allow_inf_nan": False})
 class Timing:
     device: str = "cpu"
     """cpu: everything per CPU-second; cuda: per second"""
-    repeats: int = 7
+    repeats: PositiveInt = 7
     """interleaved repeats"""
-    seconds: float = 0.3
+    seconds: PositiveFloat = 0.3
     """shortest time of one measurement"""
     keep_memory: bool = True
     """let the C library keep freed memory (Linux)"""
+
+    def __post_init__(self):
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+            raise ValueError(f"device must be one that torch has here, got {self.device} ({error})") from None
 
 
 def prepare(timing: Timing) -> Callable[[], float]:
@@ -282,8 +289,8 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 def bench_env(
     timing: Timing,
-    num_agents: tuple[int, ...] = (3, 15),
-    num_envs: tuple[int, ...] = (1, 32, 1024, 8192),
+    num_agents: Sizes = (3, 15),
+    num_envs: Sizes = (1, 32, 1024, 8192),
     peers: tuple[Literal["mpe2", "vmas", "jaxmarl"], ...] = ("mpe2", "vmas", "jaxmarl"),
     out: Path = RESULTS / "speed_env.csv",
 ) -> None:
@@ -334,25 +341,29 @@ def training(replay: dict, num_seeds: int, device: torch.device, **options) -> C
     env = script.make_env(args, num_seeds * args.num_envs, device)
     nets, optimizers = script.make_nets(env, args)
     losses = {"critic": script.critic_loss, "actor": script.actor_loss}
-    streams = script.make_generators(args.seed, num_seeds, "speed", device)
-    slots = args.buffer_size // env.horizon // args.num_envs
+    streams = envs.make_generators(args.seed, num_seeds, "speed", device)
+    num_episodes = args.buffer_size // env.horizon // args.num_envs * args.num_envs
     if not replay:  # shared by all variants; the first fills it
-        replay |= script.make_replay(env, num_seeds, slots * args.num_envs, env.horizon)
-        for slot in range(slots):
-            script.rollout(env.step, env, nets["actor"], replay, slot * args.num_envs, 0.3, streams, args)
+        replay |= script.make_replay(env, num_seeds, num_episodes)
+        for first in range(0, num_episodes, args.num_envs):
+            episodes = script.rollout(env.step, env, nets["actor"], 0.3, streams)
+            for name, values in episodes.items():
+                replay[name][:, first : first + args.num_envs] = values
 
     def turn() -> None:
-        script.rollout(env.step, env, nets["actor"], replay, 0, 0.3, streams, args)
+        episodes = script.rollout(env.step, env, nets["actor"], 0.3, streams)
+        for name, values in episodes.items():
+            replay[name][:, : args.num_envs] = values
         for _ in range(args.num_envs * env.horizon // args.steps_per_update):
-            batch = script.sample(replay, slots * args.num_envs, args.batch_size, streams)
-            script.update(nets, optimizers, losses, batch, script.draw_noise(streams, env, args), env, args)
+            batch = script.sample(replay, num_episodes, args, streams) | script.draw_noise(streams, env, args)
+            script.update(nets, optimizers, losses, batch, env, args)
 
     return turn
 
 
 def bench_train(
     timing: Timing,
-    num_seeds: tuple[int, ...] = (1, 5),
+    num_seeds: Sizes = (1, 5),
     continuous_actions: bool = True,
     out: Path = RESULTS / "speed_train.csv",
 ) -> None:
@@ -379,26 +390,26 @@ def bench_train(
     write_csv(out, rows)
 
 
-def bench_games(timing: Timing, num_runs: int = 80, out: Path = RESULTS / "speed_games.csv") -> None:
+def bench_games(timing: Timing, num_runs: PositiveInt = 80, out: Path = RESULTS / "speed_games.csv") -> None:
     """Games per second of `num_runs` runs at once beside one game at a time in numpy."""
     clock, S = prepare(timing), num_runs
     args = ermas_bimatrix.Args(num_seeds=S, method=("ermas",), cuda=timing.device != "cpu")
     device = ermas_bimatrix.setup(args)
-    env, T = ermas_bimatrix.build_env(args, 1, device), args.horizon
-    run, seen = ermas_bimatrix.make_run(env, args), ermas_bimatrix.make_features(env, args)
-    nets, optimizers = ermas_bimatrix.make_learners(env, args)
-    ermas_bimatrix.anneal(optimizers, 0.0, args)
-    lambdas, values = torch.ones(S, 2, device=device), torch.zeros(S, 3, T, env.num_states, device=device)
-    streams = ermas_bimatrix.make_generators(1, S, "speed", device)
-    policies = ermas_bimatrix.joint_policy(nets, seen, args)
+    env, T = ermas_bimatrix.make_env(args, 1, device), args.horizon
+    task = ermas_bimatrix.make_task(env, args)
+    nets = {name: ermas_bimatrix.make_policies(task, name, 1, name) for name in ermas_bimatrix.PLAYERS}
+    learner = ermas_bimatrix.make_learner(task, nets)
+    ermas_bimatrix.anneal(learner.optimizers, 0.0, args)
+    streams = envs.make_generators(1, S, "speed", device)
+    policies = ermas_bimatrix.joint_policy(task, nets)
 
     def batched() -> None:
-        ermas_bimatrix.play(env, policies, **ermas_bimatrix.draw_games(env, streams, args))
+        ermas_bimatrix.play(env, policies, ermas_bimatrix.draw_noise(streams, env, args))
 
     def training() -> None:
-        games = [ermas_bimatrix.draw_games(env, streams, args) for _ in range(1 + args.inner_steps)]
-        ermas_bimatrix.search(nets, optimizers, lambdas, values, env, seen, games, run, args, deviating=True)
-        ermas_bimatrix.plan(nets, optimizers, values, env, seen, games[0], run, args)
+        noises = [ermas_bimatrix.draw_noise(streams, env, args) for _ in range(1 + args.inner_steps)]
+        ermas_bimatrix.update(task, learner, noises, deviating=True)
+        ermas_bimatrix.plan(task, learner, noises[0])
 
     rng, transition, rewards = np.random.default_rng(0), env.transition.cpu().numpy(), env.rewards.cpu().numpy()
     bounds = [p[0].cumsum(-1)[:, :-1].cpu().numpy() for p in policies]
@@ -485,8 +496,8 @@ def bench_traffic(
     timing: Timing,
     grid: tuple[Literal[2, 4, 6], ...] = (2,),
     model: tuple[Literal["idm", "krauss"], ...] = ("idm", "krauss"),
-    num_envs: tuple[int, ...] = (256,),
-    capacity: tuple[int, ...] = (96,),
+    num_envs: Sizes = (256,),
+    capacity: Sizes = (96,),
     out: Path = RESULTS / "speed_traffic.csv",
 ) -> None:
     """Car updates per second on `grid` x `grid` lights, cars following `model`, in B `num_envs` with `capacity` places
@@ -534,29 +545,27 @@ def coma_loop(timing: Timing, num_envs: int, regularizer: str, backend: str = "t
     """A rollout and its update."""
     args = ernie_coma.Args(num_envs=num_envs, regularizer=regularizer, evaluate="none", backend=backend)
     device = torch.device(timing.device)
-    env = ernie_coma.make_traffic(args, num_envs, device, horizon=10**6)
+    env = ernie_coma.make_env(args, num_envs, device, horizon=10**6)
     step = torch.compile(env.step, fullgraph=True, dynamic=False) if backend == "torch" else env.step
-    nets, optimizers = ernie_coma.make_coma(env, args)
-    generators = ernie_coma.make_generators(args.seed, 1, "speed", device)
-    norm = torch.tensor([0.0, 1.0], device=device)[:, None].expand(1, env.num_agents, 2, env.obs_mask.shape[1])
-    losses = {"critic": ernie_coma.coma_critic_loss, "actor": ernie_coma.coma_actor_loss}
-    schedule = torch.tensor([args.exploration, args.entropy_coef], device=device)
-    now = list(env.reset(generators))
-    names = ("num_agents", "obs_mask", "action_mask", "discrete", "cooperators", "device", "draw")
-    env = SimpleNamespace(**{name: getattr(env, name) for name in names}, dtype=now[1].dtype)  # SUMO's is float64
+    nets, optimizers = ernie_coma.make_nets(env, args)
+    nets["normalizer"].flat[:, :, 1] = 1  # observations stay as they are
+    losses = {"critic": ernie_coma.critic_loss, "actor": ernie_coma.actor_loss}
+    schedule = {"exploration": args.exploration, "entropy_coef": args.entropy_coef, "policy_steps": 0}
+    schedule = {name: torch.tensor(value, device=device) for name, value in schedule.items()}
+    streams = {name: envs.make_generators(args.seed, 1, name, device) for name in ("rollout", "noise")}
+    now = env.reset(streams["rollout"])
 
     def turn() -> None:
-        rest = (nets["actor"], norm, *now, schedule[0], 0, generators, args)
-        rollout, now[0], now[1], _ = ernie_coma.play_rollout(step, env, *rest)
-        noise = ernie_coma.draw_attack(generators, env, args)
-        ernie_coma.update_coma(nets, optimizers, losses, rollout, norm, schedule, noise, 0, env, args)
+        nonlocal now
+        draws = ernie_coma.draw_rollout(env, streams["rollout"], args)
+        now, episodes, _ = ernie_coma.rollout(step, env, nets, now, draws, schedule)
+        batch = ernie_coma.prepare(nets, episodes, 0, env, args) | ernie_coma.draw_noise(streams["noise"], env, args)
+        ernie_coma.update(nets, optimizers, losses, batch, env, args)
 
     return turn
 
 
-def bench_coma(
-    timing: Timing, num_envs: tuple[int, ...] = (1, 32, 320), out: Path = RESULTS / "speed_coma.csv"
-) -> None:
+def bench_coma(timing: Timing, num_envs: Sizes = (1, 32, 320), out: Path = RESULTS / "speed_coma.csv") -> None:
     """Environment steps per second of the training loop with B `num_envs`, beside one SUMO process."""
     prepare(timing)
     jobs, sizes, rows = {}, {}, []
@@ -594,20 +603,22 @@ def mappo_loop(timing: Timing, regularizer: str, share_parameters: bool) -> Call
     options |= {"env_id": "simple_spread_v3", "continuous_actions": False, "update_epochs": 4, "num_minibatches": 4}
     args = ernie_mappo.Args(**options)
     device = torch.device(timing.device)
-    env = ernie_mappo.make_task(args, args.num_envs, device)
+    env = ernie_mappo.make_env(args, args.num_envs, device)
     compiled = partial(torch.compile, fullgraph=True, dynamic=False)
-    step, loss_of = compiled(env.step), ernie_mappo.ppo_loss if args.regularized else compiled(ernie_mappo.ppo_loss)
-    nets, optimizer = ernie_mappo.make_mappo(env, args)
-    norm = ernie_mappo.measure_norm(ernie_mappo.play_randomly(env.step, env, args), args.num_envs)
-    unit = ernie_mappo.perturbation_unit(norm, args)
-    names = ("rollout", "minibatches", "noise")
-    streams = {name: ernie_mappo.make_generators(args.seed, 1, name, device) for name in names}
-    value_norm = torch.zeros(3, 1, 1, env.num_agents, dtype=torch.float64, device=device)
+    step = compiled(env.step)
+    losses = {"critic": ernie_mappo.critic_loss, "actor": ernie_mappo.actor_loss}
+    if not args.regularized:
+        losses = {name: compiled(loss) for name, loss in losses.items()}
+    nets, optimizers = ernie_mappo.make_nets(env, args)
+    streams = {name: envs.make_generators(args.seed, 1, name, device) for name in ("rollout", "minibatches", "noise")}
+    ernie_mappo.measure(env.step, env, nets["normalizer"], streams["rollout"])
 
     def turn() -> None:
-        replay = ernie_mappo.play_episodes(step, env, nets["actor"], norm, streams["rollout"], args)
-        batch, _ = ernie_mappo.prepare_episodes(nets, replay, norm, value_norm, env, args)
-        ernie_mappo.update_ppo(nets, optimizer, loss_of, batch, unit, streams, env, args)
+        episodes = ernie_mappo.rollout(step, env, nets, streams["rollout"], args)
+        samples = ernie_mappo.prepare(nets, episodes, env, args)
+        for batch in ernie_mappo.minibatches(samples, streams["minibatches"], args):
+            batch |= ernie_mappo.draw_noise(streams["noise"], env, args)
+            ernie_mappo.update(nets, optimizers, losses, batch, env, args)
 
     return turn
 
@@ -629,29 +640,25 @@ def crowds(N: int, device: str) -> dict[str, Callable[[], None]]:
         mode, _, compiled = name.partition(", ")
         options = {"num_agents": N, "eval_agents": (N,), "batch_size": 64, "reg_batch_size": 16}
         args = ernie_meanfield.Args(regularizer=mode, num_envs=4, compile=bool(compiled), **options)
-        env = ernie_meanfield.make_crowd_env(args, args.num_envs, device)
-        nets, optimizers = ernie_meanfield.make_mean_field(env, args)
-        replay = ernie_meanfield.make_crowd_replay(env, 1, args.num_envs)
-        generators = ernie_meanfield.make_generators(args.seed, 1, "speed", device)
-        ernie_meanfield.rollout_crowd(env.step, env, nets, replay, 0, 0.5, generators, args)
-        losses = {"critic": ernie_meanfield.mean_field_critic_loss, "actor": ernie_meanfield.mean_field_actor_loss}
-        if compiled and device.type == "cuda":  # as the script does
-            fuse = partial(torch.compile, fullgraph=True, options={"comprehensive_padding": False})
-            losses = {role: fuse(loss) for role, loss in losses.items()}
+        env = ernie_meanfield.make_env(args, args.num_envs, device)
+        nets, optimizers = ernie_meanfield.make_nets(env, args)
+        generators = envs.make_generators(args.seed, 1, "speed", device)
+        replay = ernie_meanfield.rollout(env.step, env, nets, 0.5, generators, args)
+        _, losses = ernie_meanfield.compiled(env, args)
 
         def update(nets=nets, optimizers=optimizers, losses=losses, replay=replay, env=env, args=args) -> None:
-            batch = ernie_meanfield.sample_crowds(replay, args.num_envs, args.batch_size, generators)
-            batch, noise = ernie_meanfield.add_own(batch, args), ernie_meanfield.draw_moves(generators, env, args)
-            ernie_meanfield.update_mean_field(nets, optimizers, losses, batch, noise, env, args)
+            batch = ernie_meanfield.sample(replay, args.num_envs, args, generators)
+            batch |= ernie_meanfield.draw_noise(generators, env, args)
+            ernie_meanfield.update(nets, optimizers, losses, batch, env, args)
 
         jobs[f"update, {name}"] = update
-    batch = ernie_meanfield.sample_crowds(replay, args.num_envs, args.batch_size, generators)
-    batch = ernie_meanfield.add_own(batch, args)
+    batch = ernie_meanfield.sample(replay, args.num_envs, args, generators)
     crowd = ernie_meanfield.crowd_of(batch["own"])
 
     def networks() -> None:
-        z = ernie_meanfield.respond(nets, "actor", batch["own"], crowd, batch["landmarks"], args)
-        q = ernie_meanfield.mean_field_q(nets, "critic", batch, crowd, z, ernie_meanfield.others_mean(z), args)
+        output = ernie_meanfield.respond(nets, "actor", batch["own"], crowd, batch["landmarks"])
+        mean_action = ernie_meanfield.others_mean(output)
+        q = ernie_meanfield.q_values(nets, "critic", batch, crowd, output, mean_action)
         names = [f"{role}_{part}" for role in ("actor", "critic") for part in ernie_meanfield.PARTS]
         torch.autograd.grad(q.sum(), [nets[name].flat for name in names])
 
@@ -669,7 +676,7 @@ def peak_memory(N: int, mode: str) -> float:
 
 
 def bench_meanfield(
-    timing: Timing, num_agents: tuple[int, ...] = (3, 6, 15, 30, 100), out: Path = RESULTS / "speed_meanfield.csv"
+    timing: Timing, num_agents: Sizes = (3, 6, 15, 30, 100), out: Path = RESULTS / "speed_meanfield.csv"
 ) -> None:
     """Seconds and memory of what grows with N in ernie_meanfield.py, as a table and a plot."""
     clock, rows = prepare(timing), []
@@ -761,7 +768,7 @@ SWARMS = {"eager": partial(swarm, compile=False), "compiled": partial(swarm, com
 def bench_drones(
     timing: Timing,
     env_id: tuple[Literal["leader_follower_v0", "hover_v0"], ...] = ("leader_follower_v0", "hover_v0"),
-    num_envs: tuple[int, ...] = (4096,),
+    num_envs: Sizes = (4096,),
     out: Path = RESULTS / "speed_drones.csv",
 ) -> None:
     """Environment steps per second of two drones in B `num_envs`, beside one package environment and crazyflow."""
@@ -885,7 +892,7 @@ MARKETS = {
 
 def bench_economy(
     timing: Timing,
-    num_envs: tuple[int, ...] = (1024,),
+    num_envs: Sizes = (1024,),
     original: Path | None = None,
     out: Path = RESULTS / "speed_economy.csv",
 ) -> None:
@@ -947,7 +954,7 @@ def taxes(timing: Timing, num_seeds: int) -> dict[str, Callable[[], None]]:
     return {"environment": environment, "episodes": episodes} | jobs
 
 
-def bench_taxes(timing: Timing, num_seeds: int = 3, out: Path = RESULTS / "speed_taxes.csv") -> None:
+def bench_taxes(timing: Timing, num_seeds: PositiveInt = 3, out: Path = RESULTS / "speed_taxes.csv") -> None:
     """Environment steps per second of training with `num_seeds` seeds, and what takes the time."""
     clock, args = prepare(timing), ermas_economy.Args()
     times = interleave(taxes(timing, num_seeds), timing, clock)
@@ -974,4 +981,6 @@ if __name__ == "__main__":
     if len(sys.argv) == 1:  # all of them, each in a process of its own
         failed = [name for name in COMMANDS if subprocess.run([sys.executable, __file__, name]).returncode]
         sys.exit(f"speed.py: these failed: {', '.join(failed)}" if failed else 0)
-    tyro.extras.subcommand_cli_from_dict(COMMANDS, config=(tyro.conf.OmitArgPrefixes,))
+    commands = {name: pydantic.validate_call(function) for name, function in COMMANDS.items()}
+    with runs.exits(2, pydantic.ValidationError), runs.exits(1, OSError):
+        tyro.extras.subcommand_cli_from_dict(commands, config=(tyro.conf.OmitArgPrefixes,))

@@ -1,10 +1,54 @@
 """Batched multi-agent environments: `envs.make(env_id, num_envs)` describes one; `reset` and `step` are functions."""
 
 import importlib
+import os
 import time
+from collections import deque
 from collections.abc import Callable
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
+
+from envs import runs
+
+# Before its first product, so that MKL rounds alike wherever a matrix lies in memory, as a seed's do beside others
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
+class Env(Protocol):
+    """What a script may rely on. Axes: B environments, N agents, O observation entries, A action entries; agents with
+    fewer entries are padded with zeros."""
+
+    env_id: str
+    num_envs: int  # B
+    device: torch.device
+    dtype: torch.dtype
+    agents: list[str]
+    num_agents: int  # N
+    cooperators: Tensor  # [N] bool, the team that is trained to be robust and reported
+    obs_sizes: tuple[int, ...]
+    obs_mask: Tensor  # [N, O] bool, False in padding and where an entry is always 0
+    action_sizes: tuple[int, ...]
+    action_mask: Tensor  # [N, A] bool
+    discrete: bool
+    action_low: float
+    action_high: float
+    horizon: int  # steps of an episode, the same for all
+
+    def reset(self, generators: list[torch.Generator]) -> tuple[Any, Tensor]: ...  # state, obs [B, N, O]
+
+    def draw(self, generators: list[torch.Generator]) -> Tensor | None: ...  # a step's random numbers
+
+    def step(self, state: Any, action: Tensor, noise: Tensor | None) -> tuple: ...
+
+    # action [B, N, A], or [B, N] int64 if discrete -> state, obs, reward [B, N], terminated [B], truncated [B], info
+
+    def global_state(self, state: Any) -> Tensor: ...  # [B, G]
+
+    def render(self, state: Any, index: int) -> np.ndarray: ...  # RGB picture of one environment
 
 
 def make(
@@ -15,7 +59,7 @@ def make(
     num_agents: int | None = None,
     continuous_actions: bool = True,
     **fields,
-):
+) -> Env:
     """Build the environment `env_id`; `fields` set its physical constants by name (for example damping=0.5).
 
     The bimatrix games, traffic and the economy are discrete, the drones continuous whatever `continuous_actions` says;
@@ -36,7 +80,68 @@ def make(
     raise ValueError(f"env_id must be one of {', '.join(tasks)} or zoo:package.module, got {env_id!r}")
 
 
-def measure(step: Callable, env, actions: list[torch.Tensor], seconds: float) -> float:
+# ---------------------------------------------------------------- random numbers of each seed
+
+
+def make_generators(seed: int, num_seeds: int, purpose: str, device: str | torch.device) -> list[torch.Generator]:
+    """A random stream per seed and purpose, so that no seed depends on how many others are beside it: what every
+    `reset` and `draw` takes."""
+    generators = []
+    for k in range(num_seeds):
+        sequence = np.random.SeedSequence([seed + k, 0, *purpose.encode()])
+        state = int(sequence.generate_state(1, np.uint64)[0] >> 1)
+        generators.append(torch.Generator(device).manual_seed(state))
+    return generators
+
+
+def per_seed(sampler: Callable, shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
+    """torch.rand, torch.randn or gumbel of `shape` from each seed's generator: [S, *shape]."""
+    return torch.stack([sampler(shape, generator=g, device=g.device) for g in generators])
+
+
+def gumbel(shape: tuple[int, ...], **where) -> Tensor:
+    """Standard Gumbel noise, a sampler like torch.randn: the argmax of logits plus it is a sample of their softmax."""
+    return -torch.log(-torch.log(torch.rand(shape, **where).clamp(1e-10, 1 - 1e-7)))
+
+
+# ---------------------------------------------------------------- between environments and networks
+
+
+def by_agent(x: Tensor, num_seeds: int) -> Tensor:
+    """What an environment gives, [S * B, N, X] -> as networks take it, [S, N, B, X]."""
+    return x.unflatten(0, (num_seeds, -1)).transpose(1, 2)
+
+
+def for_env(action: Tensor, env: Env) -> Tensor:
+    """Actions [S, N, B, A], one-hot if discrete, as env.step takes them: [S * B, N, A], or numbers [S * B, N]."""
+    action = action.transpose(1, 2).flatten(0, 1)
+    return action.argmax(-1) if env.discrete else action
+
+
+@torch.no_grad()
+def write_gif(env: Env, act: Callable, generators: list[torch.Generator], path) -> None:
+    """An episode of the first environment under `act`, obs [S, N, B, O] -> action [S, N, B, A]. An environment may name
+    `frame_steps` between two pictures, `frame_ms` of each, and how many past states its pictures show, `trail`."""
+    frame_steps = getattr(env, "frame_steps", 1)
+    past = deque(maxlen=getattr(env, "trail", 0))
+    state, obs = env.reset(generators)
+    frames = []
+    for t in range(env.horizon):
+        if t % frame_steps == 0:
+            picture = env.render(state, 0, past) if past else env.render(state, 0)
+            frames.append(Image.fromarray(picture))
+        past.append(state)
+        action = act(by_agent(obs, len(generators)))
+        state, obs, *_ = env.step(state, for_env(action, env), env.draw(generators))
+    options = {"duration": getattr(env, "frame_ms", 100), "loop": 0}
+    with runs.written(path, "wb") as file:
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], **options)
+
+
+# ---------------------------------------------------------------- speed
+
+
+def measure(step: Callable, env: Env, actions: list[Tensor], seconds: float) -> float:
     """Environment steps per second with `actions` by turns, resets included."""
     generator = torch.Generator().manual_seed(0)
     state, _ = env.reset([generator])
@@ -52,7 +157,7 @@ def measure(step: Callable, env, actions: list[torch.Tensor], seconds: float) ->
     return steps / (time.perf_counter() - start)
 
 
-def print_speed(env, actions: list[torch.Tensor], seconds: float, compile: bool) -> None:
+def print_speed(env: Env, actions: list[Tensor], seconds: float, compile: bool) -> None:
     """What `measure` finds, of the step as it is and compiled."""
     print(f"eager    {measure(env.step, env, actions, seconds):12,.0f} env steps/s", flush=True)
     if compile:

@@ -22,17 +22,21 @@ X = R * C * A1 states (i, j, a) in this order, M moves, O observation entries, T
 
 import dataclasses
 import itertools
+import json
 import math
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+from scipy import stats
 from torch import Tensor
 
-from envs import print_speed
+from envs import print_speed, runs
 from envs.perturb import random_actions
 
 TASKS = ("repeated_bimatrix_v0", "augmented_bimatrix_v0")
@@ -56,6 +60,18 @@ def social_dilemma(size: int = 4, temptation: float = 0.45) -> Tensor:
     x = torch.linspace(0, 1, size, dtype=torch.float64)[:, None]
     r1 = temptation * (1 - (1 - x) ** 2) + (1 - temptation) * (1 - x.T)
     return torch.stack((r1, r1.T, (x + x.T) / 2))
+
+
+def load_payoffs(path: str) -> Tensor:
+    """[3, R, C] payoffs of row, column and planner from a JSON file. Raises ValueError if it holds no such matrices."""
+    try:
+        payoffs = torch.tensor(json.loads(Path(path).read_text()), dtype=torch.float64)
+    except (OSError, ValueError, TypeError, RuntimeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"payoffs must be a JSON file with three R x C matrices, got {path!r} ({error})") from None
+    if payoffs.ndim != 3 or len(payoffs) != 3 or not bool((payoffs.abs() <= 1e6).all()):
+        shape = list(payoffs.shape)
+        raise ValueError(f"payoffs must be three R x C matrices of numbers up to 1e6, got shape {shape} in {path!r}")
+    return payoffs
 
 
 @dataclasses.dataclass
@@ -360,18 +376,146 @@ def _equaliser(block: np.ndarray) -> np.ndarray:
         return np.full(k, np.nan)
 
 
+# ------------------------------------------------------------------------------------------ what a run has found
+# Rows of a run are those of metrics.csv: a label (method, epsilon, beta, lambda_init, q_train, seed) and metrics.
+
+
+def setting_name(row: dict) -> str:
+    """The setting that a row belongs to."""
+    if row["method"] == "ermas":
+        names = ("epsilon", "beta", "lambda_init", "q_train")
+        return "ermas, " + ", ".join(f"{name} {row[name]:g}" for name in names)
+    return f"{row['method']}, q_train {row['q_train']:g}"
+
+
+def by_setting(rows: list[dict]) -> dict[str, dict[str, np.ndarray]]:
+    """Columns of `rows` for each setting by its name, [seeds, rows of a seed] each, and means over both agents."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        both = {key[:-4]: (row[key] + row[key[:-3] + "column"]) / 2 for key in row if key.endswith("_row")}
+        groups.setdefault(setting_name(row), []).append(row | both)
+    tables = {}
+    for name, group in groups.items():
+        num_seeds = len({row["seed"] for row in group})
+        tables[name] = {key: np.array([row[key] for row in group]).reshape(num_seeds, -1) for key in group[0]}
+    return tables
+
+
+def interval(values: np.ndarray) -> np.ndarray:
+    """Half-width of the 95% t-interval of the mean over seeds, of values [K, n]: [n]; NaN for a single seed."""
+    K = len(values)
+    return stats.t.ppf(0.975, K - 1) * stats.sem(values) if K > 1 else np.full(values.shape[1], math.nan)
+
+
+def report(run: runs.Run, eval_q: tuple[float, ...], tests: dict[str, Tensor]) -> None:
+    """The end of training, the last row of each of S runs, and test games, [S, Q] by name: tables on the terminal,
+    results.csv, test_games.csv and report.png in the run's folder, and in wandb."""
+    results = run.rows[-len(run.labels) :]
+    games = []
+    for k, label in enumerate(run.labels):
+        for c, q in enumerate(eval_q):
+            games.append(label | {"q": q} | {name: values[k, c].item() for name, values in tests.items()})
+    runs.write_rows(run.dir / "results.csv", results)
+    runs.write_rows(run.dir / "test_games.csv", games)
+    print_tables(results, games)
+    with runs.written(run.dir / "report.png", "wb") as file:
+        plot(results, games).savefig(file, dpi=110)
+    if run.wandb_runs:
+        import wandb  # slow to import
+
+        logged = []
+        for k in range(len(run.labels)):
+            own = games[k * len(eval_q) : (k + 1) * len(eval_q)]
+            data = [[row["q"], *(row[name] for name in tests)] for row in own]
+            image = wandb.Image(str(run.dir / "report.png"))
+            logged.append({"test_games": wandb.Table(["q", *tests], data), "report": image})
+        runs.log_wandb(run, logged, results[-1]["global_step"])
+        runs.finish_wandb(run)
+
+
+def print_tables(results: list[dict], games: list[dict]) -> None:
+    """Mean and 95% interval over seeds for each setting."""
+
+    def cells(values: np.ndarray, digits: int = 3) -> str:
+        texts = []
+        for mean, half in zip(values.mean(0), interval(values)):
+            texts.append(f"{f'{mean:.{digits}f} ± {half:.{digits}f}':16}")
+        return "".join(texts)
+
+    columns = {
+        "planner reward": "eval/planner_reward",
+        "agent reward": "eval/agent_reward",
+        "exact regret": "ermas/exact_regret",
+        "local regret": "ermas/local_regret",
+        "lambda": "ermas/lambda",
+    }
+    print("\nPer step: mean and 95% interval over seeds; agents: mean of both")
+    print(f"{'':58s}" + "".join(f"{name:16s}" for name in columns))
+    for name, group in by_setting(results).items():
+        print(f"  {name:56s}" + "".join(cells(group[key]) for key in columns.values()))
+    print("\nReward of the planner when new agents learn against it, by Q of the test game")
+    groups = by_setting(games)
+    print(f"{'':58s}" + "".join(f"Q = {q:<12g}" for q in next(iter(groups.values()))["q"][0]))
+    for name, group in groups.items():
+        print(f"  {name:56s}" + cells(group["planner_reward"], 2))
+
+
+def plot(results: list[dict], games: list[dict]) -> Figure:
+    """Rewards, regret and test games of every setting."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    rewards, regrets, tests = figure.subplots(1, 3)
+    plot_rewards(rewards, results)
+    plot_regret(regrets, results)
+    plot_tests(tests, games)
+    return figure
+
+
+def plot_rewards(axis, results: list[dict]) -> None:
+    """A point per setting with standard deviations over seeds."""
+    for name, group in by_setting(results).items():
+        x, y = group["eval/agent_reward"], group["eval/planner_reward"]
+        axis.errorbar(x.mean(), y.mean(), y.std(), x.std(), marker="o", capsize=2, label=name)
+    axis.set(xlabel="mean reward of both agents", ylabel="reward of the planner", title="rewards per step")
+    axis.legend(fontsize=7)
+
+
+def plot_regret(axis, results: list[dict]) -> None:
+    """Exact and local regret under ERMAS, mean over both agents, with standard deviations over seeds."""
+    groups = [group for group in by_setting(results).values() if group["method"][0, 0] == "ermas"]
+    epsilon = [group["epsilon"][0, 0] for group in groups]
+    for kind, mark in (("exact", "o"), ("local", "^")):
+        regrets = [group[f"ermas/{kind}_regret"] for group in groups]
+        mean = [regret.mean() for regret in regrets]
+        axis.errorbar(epsilon, mean, [r.std() for r in regrets], marker=mark, ls="", capsize=2, label=kind)
+    axis.axline((0, 0), slope=1, color="grey", lw=1, label="epsilon")
+    axis.set(xlabel="epsilon", ylabel="regret per step", title="regret of the agents")
+    axis.legend(fontsize=7)
+
+
+def plot_tests(axis, games: list[dict]) -> None:
+    """The planner's reward against new agents, with 95% intervals over seeds."""
+    for name, group in by_setting(games).items():
+        q, reward = group["q"][0], group["planner_reward"]
+        half = interval(reward)
+        axis.plot(q, reward.mean(0), marker="o", markersize=3, label=name)
+        axis.fill_between(q, reward.mean(0) - half, reward.mean(0) + half, alpha=0.15)
+    axis.set(xlabel="Q of the test game", ylabel="reward of the planner", title="against new agents")
+    axis.legend(fontsize=7)
+
+
 # ------------------------------------------------------------------------------------------------- speed and pictures
 
 
-def write_gif(env: Bimatrix, path: str):
-    """One episode of environment 0 with random actions."""
-    generator = torch.Generator().manual_seed(0)
+def write_gif(env: Bimatrix, path: str | Path, policies: list[Tensor], generator: torch.Generator):
+    """One episode of environment 0 with the first of P joint policies, [P, X, A] of each player."""
     state, _ = env.reset([generator])
     frames = [Image.fromarray(env.render(state))]
     for _ in range(env.horizon):
-        state, *_ = env.step(state, random_actions(env, [generator]), None)
+        moves = [torch.multinomial(policy[0, state.index], 1, generator=generator) for policy in policies]
+        state, *_ = env.step(state, torch.cat(moves, 1))
         frames.append(Image.fromarray(env.render(state)))
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=400, loop=0)
+    with runs.written(path, "wb") as file:
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=400, loop=0)
 
 
 def main(
@@ -400,7 +544,9 @@ def main(
     generator = torch.Generator().manual_seed(0)
     print_speed(env, [random_actions(env, [generator]) for _ in range(5)], seconds, compile)
     if gif:
-        write_gif(make(env_id, 1, device), gif)
+        env = make(env_id, 1, device)
+        policies = [torch.full((1, env.num_states, size), 1 / size, device=device) for size in env.action_sizes]
+        write_gif(env, gif, policies, torch.Generator(device).manual_seed(0))
         print(f"wrote {gif}")
 
 

@@ -29,11 +29,10 @@ Axes: B environments, N agents, R = 2 resources (stone, wood), T tiles, S source
 + 4 P actions, O observation entries, M income pairs. Tensors inside are batch-last; the interface is batch-first.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -46,30 +45,58 @@ from envs import print_speed
 
 STONE, WOOD = 0, 1
 GRASS, STONE_SOURCE, FULL_STONE, WOOD_SOURCE, FULL_WOOD, WATER, OUTSIDE, HOUSE = range(8)  # HOUSE + i: agent i's house
-BID, ASK, AGE_BITS, AGENT_BITS = 1, 2, 7, 7  # sides of an order (0: an empty slot), parts of its priority
-FAR = 1 << 28  # more than the key of any way
+BID, ASK = 1, 2  # sides of an order; 0: an empty slot
+BUILD = 1  # the action
+SYMBOLS = {".": GRASS, "~": WATER, "s": FULL_STONE, "w": FULL_WOOD}
 OPEN_QUADRANT = """
-wwwww..w....~.w.......... ww.w........~.w......w.ww .w..........~.........w.w sw.s.s......~............
-............~...w......w. .ss...................... .s....................... .........................
-......................... s......s....~............ ............~............ ............~............
-~~~~~....~~~~~~~....~~~~~ .s..........~............ s.s.........~............ ...s........~............
-ss....................... .ss...................... ss....................... ..s......................
-............~............ ............~............ ............~............ ............~............
+wwwww..w....~.w..........
+ww.w........~.w......w.ww
+.w..........~.........w.w
+sw.s.s......~............
+............~...w......w.
+.ss......................
+.s.......................
+.........................
+.........................
+s......s....~............
+............~............
+............~............
+~~~~~....~~~~~~~....~~~~~
+.s..........~............
+s.s.........~............
+...s........~............
+ss.......................
+.ss......................
+ss.......................
+..s......................
+............~............
+............~............
+............~............
+............~............
 s...........~............
-""".split()  # row by row, "s" stone, "w" wood, "~" water
-TINY = "ws..~..ww sw..~...w ..s...w.. ...w..... ~~.~~~.~~ ......... s.s...... s...~.... s...~....".split()
+""".split()
+TINY = """
+ws..~..ww
+sw..~...w
+..s...w..
+...w.....
+~~.~~~.~~
+.........
+s.s......
+s...~....
+s...~....
+""".split()
 CUTOFFS = (0.0, 9.7, 39.475, 84.2, 160.725, 204.1, 510.3)  # coin
 US_FEDERAL = (0.1, 0.12, 0.22, 0.24, 0.32, 0.35, 0.37)
 RANKED_PAYMENT = (11.331640623590097, 13.267112338979295, 16.472372947006132, 22.249614304395735)
 TAXES = ("planner", "free", "us", "fixed", "saez")
 OBJECTIVES = ("equality_productivity", "inverse_income_coin", "inverse_income_utility")
 PER_ENV = "eta labor_coef build_labor move_labor collect_labor order_labor regrowth payment_scale bonus_scale".split()
-MOST = {"num_agents": 2**AGENT_BITS - HOUSE - 1, "max_price": 126, "order_duration": 126, "sight": 100}
 GROUND = ("#f0f0e6", "#d4d4d4", "#7d7d82", "#d0e0bc", "#5f8c3c", "#82afd7", "#f0f0e6", "#f0f0e6")  # by contents
 COLOURS = ("#c85046", "#426ebe", "#eb9628", "#965aaa", "#5aaab4", "#785a3c")  # of agents and their houses
 
 
-@dataclasses.dataclass
+@dataclass
 class State:
     tiles: Tensor  # [T, B] int8 contents, row by row, with a border of `window` tiles
     position: Tensor  # [N, B] int32 tile
@@ -100,74 +127,41 @@ def total(values: Tensor, dim: int = 0) -> Tensor:
     return values.sum(dim, dtype=torch.float64).to(values.dtype)
 
 
+def int_sum(values: Tensor, dim: int | tuple[int, ...] = 0) -> Tensor:
+    """Sum of whole numbers or booleans in int32, faster than torch's own int64."""
+    return values.int().sum(dim, dtype=torch.int32)
+
+
 def equality_of(coin: Tensor) -> Tensor:
     """[B] one minus the normalised Gini index of coin [N, B]; from 30 agents on approximately, as in the original."""
     n = len(coin)
     if n < 30:
-        return 1 - total((coin[:, None] - coin).abs().flatten(0, 1)) / (2 * n * total(coin) + 1e-10) * n / (n - 1)
+        differences = (coin[:, None] - coin).abs().flatten(0, 1)
+        gini = total(differences) / (2 * n * total(coin) + 1e-10)
+        return 1 - gini * n / (n - 1)
     weight = torch.arange(n, 0, -1, dtype=coin.dtype, device=coin.device)[:, None]
     return 2 / (n + 1) * total(weight * coin.sort(0).values) / (total(coin) + 1e-10)
 
 
-def estimate_elasticity(pairs: Tensor, before: Tensor) -> Tensor:
-    """[2, B] elasticity of income and intercept: from pairs [2, M, B] (incomes, marginal rates) by regression of log
-    income on log(1 - rate), smoothed; as before where few incomes are positive or rates do not differ."""
-    income, rate = pairs
-    used = (income > 0) & (rate >= 0) & (rate < 1)
-    count = used.sum(0)
-
-    def mean(values):
-        return total(torch.where(used, values, 0)) / count.clamp_min(1)
-
-    x, y = torch.log((1 - rate).clamp_min(1e-9)), torch.log(income.clamp_min(1e-9))
-    mx, my = mean(x), mean(y)
-    variance = mean((x - mx) ** 2)
-    slope = mean((x - mx) * (y - my)) / torch.where(variance > 0, variance, 1)
-    new = torch.stack((0.02 * slope.relu() + 0.98 * before[0], my - slope * mx))
-    return torch.where((count >= 10) & (mean((rate - mean(rate)) ** 2) >= 1e-12), new, before)
+def order_key(worth: Tensor, age: Tensor, agent: Tensor) -> Tensor:
+    """The order that is served first has the largest key: the one worth most, of these the oldest, of these that of the
+    agent with the lowest index. Seven bits for each, so that a single maximum compares all three."""
+    return worth << 14 | age << 7 | (127 - agent)
 
 
-def saez_schedule(pairs: Tensor, elasticity: Tensor, cutoffs: Sequence[float], uniform=False, bins=100) -> list[Tensor]:
-    """Social weights g, Pareto parameters a and marginal rates (1 - g) / (1 - g + a elasticity) [bins + 1, B] each, of
-    `bins` equal bins up to the last cut-off and an open one, and mean rates [brackets, B], from pairs [2, M, B]: Saez
-    2001 as ai-economist discretises it, with social weights 1 / income or 1 (uniform)."""
-    top, income, valid, dtype, device = cutoffs[-1], pairs[0], pairs[1] >= 0, pairs.dtype, pairs.device
-    edges, width = torch.arange(bins + 1, dtype=dtype, device=device) * (top / bins), top / bins
-    middle = 0.5 * (edges[:-1] + edges[1:])[:, None]
-    place = (income / width).floor()  # torch.searchsorted is slow in compiled code
-    place = place + (income >= (place + 1) * width).to(dtype) - (income < place * width).to(dtype)
-    place = torch.where(income > top, bins + 1, (place + 1).clamp(0, bins)).long()  # 0: below 0
-    counts = torch.zeros(bins + 2, income.shape[1], dtype=torch.int32, device=device)
-    counts = counts.scatter_add(0, place, valid.int()).to(dtype)
-    above, weigh = valid & (place == bins + 1), (torch.ones_like if uniform else lambda z: 1 / z.clamp_min(1))
-    weight = torch.cat((counts[1:-1] * weigh(middle), total(torch.where(above, weigh(income), 0))[None]))
-    share = weight / (total(weight) + counts[0] + 1e-9)  # incomes below 0 weigh 1
-    density = counts[1:] / counts.sum(0)
-    # sums of what is at least z, in order: torch.cumsum is not deterministic on GPUs, and near 0 / 0 the order matters
-    sums = torch.stack(list(itertools.accumulate(torch.stack((share, density), 1).flip(0).unbind()))).flip(0)
-    g = sums[:, 0] / (sums[:, 1] + 1e-9)
-    g = torch.cat((0.5 * (g[:-1] + g[1:]), g[-1:]))
-    a = middle * density[:-1] / ((sums[1:, 1] + 0.5 * density[:-1]).clamp(0, 1) + 1e-9) / width
-    rich = total(torch.where(above, income, 0)) / counts[-1].clamp_min(1)
-    a = torch.cat((a, torch.where(counts[-1] > 0, rich / (rich - top + 1e-9), 0)[None]))
-    rate = (1 - g) / (1 - g + a * elasticity + 1e-9)
-    # an empty bin: on the line between its neighbours with people in them; 0 to the left of all bins
-    full = torch.cat((counts[1:-1], torch.ones_like(counts[:1]))) > 0
-    index = torch.arange(bins + 1, dtype=torch.int32, device=device)[:, None]
-    left = torch.where(full, index, -1).cummax(0).values
-    right = torch.where(full, index, bins).flip(0).cummin(0).values.flip(0)
-    low = torch.where(left < 0, 0, rate.gather(0, left.clamp_min(0).long()))
-    between = low + (rate.gather(0, right.long()) - low) * ((index - left) / (right - left).clamp_min(1))
-    rate = torch.where(full, rate, between)
-    upto = torch.stack([(cutoff - edges[:-1]).clamp(0, width) for cutoff in cutoffs])
-    share = upto.diff(dim=0) / upto.sum(1).diff()[:, None]  # [brackets - 1, bins] of each bracket
-    brackets = torch.cat((total(share[..., None] * rate[:-1], 1), rate[-1:]))
-    return [g, torch.where(full, a, math.nan), rate, brackets]
+def worth_of(key: Tensor) -> Tensor:
+    return key >> 14
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+def age_of(key: Tensor) -> Tensor:
+    return key >> 7 & 127
+
+
+@dataclass(eq=False)
 class Economy:
-    """A description without state; `dataclasses.replace(env, eta=0.3)` is the same game with more risk-averse agents.
+    """A description without state; `dataclasses.replace(env, eta=0.3)` is the same game with more risk-averse agents
+    (assign nothing: constant tensors follow from the fields once, in `__post_init__`).
+
     Fields typed `float | Tensor` take a number or a value per environment [B]. Defaults are those of ai-economist's
     four-agent game without its curriculum (labor_constant=10,000 in phase 1, tax_warmup=-100 in phase 2)."""
 
@@ -210,101 +204,235 @@ class Economy:
     sight: int = 5  # tiles, half-width of the original's maps; how far offsets are seen
     window: int = 3  # tiles, half-width of the window in `obs`
 
-    discrete: ClassVar[bool] = True
-    action_low: ClassVar[float] = 0.0
-    action_high: ClassVar[float] = 1.0
+    # not fields: the same in every economy
+    discrete = True
+    action_low = 0.0
+    action_high = 1.0
 
     def __post_init__(self):
-        self._set(device=torch.device(self.device), layout=tuple(self.layout), cutoffs=tuple(map(float, self.cutoffs)))
-        self._check()
+        self.device = torch.device(self.device)
+        self.layout = tuple(self.layout)
+        self.cutoffs = tuple(float(cutoff) for cutoff in self.cutoffs)
+        check(self)
         for name in PER_ENV:
-            self._set(**{name: torch.as_tensor(getattr(self, name), dtype=self.dtype, device=self.device)})
-        self._build()
+            setattr(self, name, torch.as_tensor(getattr(self, name), dtype=self.dtype, device=self.device))
+        self._build_map()
+        self._build_agents()
+        self._build_market()
+        self._build_taxes()
+        self._build_sizes()
 
-    def _set(self, **values):
-        for name, value in values.items():
-            object.__setattr__(self, name, value)  # frozen
+    def _constant(self, values, dtype: torch.dtype = torch.int32, trailing: int = 1) -> Tensor:
+        """A tensor of `values` with axes of length 1 behind them."""
+        tensor = torch.as_tensor(values, dtype=dtype, device=self.device)
+        return tensor.view(*tensor.shape, *[1] * trailing)
 
-    def _check(self):
-        counts = ("num_envs", "horizon", "max_price", "max_orders", "order_duration", "period", "saez_pairs")
-        amounts, shares = ("start_coin", "labor_constant", "tax_slope"), ("history_decay", "equality_weight")
-        tiles, cuts, elasticity = "".join(self.layout), self.cutoffs, self.saez_elasticity or 0.0
-        even = len({len(row) for row in self.layout}) == 1 and set(tiles) <= set(".~sw")
-        rising = len(cuts) > 1 and cuts[0] == 0 and all(a < b < math.inf for a, b in zip(cuts, cuts[1:]))
-        rates = len(self.fixed_rates) == len(cuts) and all(0 <= rate <= 1 for rate in self.fixed_rates)
-        for name, rule, holds in (
-            *((name, "1 or more", getattr(self, name) >= 1) for name in (*counts, "sight", "window")),
-            *((name, f"{most} or less", getattr(self, name) <= most) for name, most in MOST.items()),
-            *((name, "0 or more", 0 <= getattr(self, name) < math.inf) for name in amounts),
-            *((name, "between 0 and 1", 0 <= getattr(self, name) <= 1) for name in shares),
-            ("tax", f"one of {', '.join(TAXES)}", self.tax in TAXES),
-            ("objective", f"one of {', '.join(OBJECTIVES)}", self.objective in OBJECTIVES),
-            ("labor_schedule", "auto or decay", self.labor_schedule in ("auto", "decay")),
-            ("layout", "equally long rows of . ~ s w with an s and a w", even and {"s", "w"} <= set(tiles)),
-            ("num_agents", "2 or more", self.num_agents >= 2),
-            ("num_agents", "no more than the tiles without water", self.num_agents <= len(tiles) - tiles.count("~")),
-            ("cutoffs", "two or more, rising from 0", rising),
-            ("cutoffs", "7 for the US rates", self.tax != "us" or len(cuts) == 7),
-            ("fixed_rates", f"{len(cuts)} numbers between 0 and 1", self.tax != "fixed" or rates),
-            ("rate_step", "above 0, at most 1", 0 < self.rate_step <= 1),
-            ("tax_warmup", "None or finite", math.isfinite(self.tax_warmup or 0.0)),
-            ("saez_elasticity", "None or 0 or more", 0 <= elasticity < math.inf),
-        ):
-            if not holds:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
-        rules = {"eta": (0.9999, "between 0 and 0.999"), "regrowth": (1, "between 0 and 1")}
-        for name in PER_ENV:
-            value, (most, rule) = torch.as_tensor(getattr(self, name)), rules.get(name, (1e9, "0 or more"))
-            if value.shape not in ((), (self.num_envs,)):
-                raise ValueError(f"{name} must be a number or [num_envs = {self.num_envs}], got {list(value.shape)}")
-            if not bool(((value >= 0) & (value <= most)).all()):
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
+    def _build_map(self):
+        W = self.window
+        ground = torch.tensor([[SYMBOLS[symbol] for symbol in row] for row in self.layout])
+        rows, columns = ground.shape
+        self.size = (rows, columns)
+        self.stride = columns + 2 * W  # tiles from one row to the next
+        start = F.pad(ground, (W, W, W, W), value=OUTSIDE).flatten()
+        self.start = self._constant(start, torch.int8)  # [T, 1] contents when an episode starts
+        self.land = self._constant(start < WATER, torch.bool)  # [T, 1]
+        stone = (start == FULL_STONE).nonzero()[:, 0]
+        wood = (start == FULL_WOOD).nonzero()[:, 0]
+        sources = torch.cat((stone, wood))
+        place = torch.stack((sources // self.stride, sources % self.stride)) - W
+        self.num_stones = len(stone)
+        self.sources = sources.to(self.device)  # [S] tiles, stone first
+        self.source_place = self._constant(place[:, None])  # [2, 1, S, 1] rows and columns
+        near = torch.arange(-W, W + 1)
+        self.near = self._constant((near[:, None] * self.stride + near).flatten())  # [tiles, 1] of the window
+        corners = [(0, columns - 1), (rows - 1, 0), (0, 0), (rows - 1, columns - 1)]  # of the worst builder to the best
+        dry = all(ground[corner] != WATER for corner in corners)
+        self.corners = None  # [4] tiles, or None: agents start anywhere
+        if self.ranked and self.num_agents == len(set(corners)) == 4 and dry:
+            tiles = [(row + W) * self.stride + column + W for row, column in corners]
+            self.corners = self._constant(tiles, trailing=0)
+        self.directions = self._constant(range(4), trailing=2)  # [4, 1, 1] left, right, up, down
+        self.steps = self._constant([-1, 1, -self.stride, self.stride], trailing=2)  # [4, 1, 1] tiles in each direction
 
-    def _build(self):
-        N, P, W, b = self.num_agents, self.max_price + 1, self.window, len(self.cutoffs)
-        codes = {".": GRASS, "~": WATER, "s": FULL_STONE, "w": FULL_WOOD}
-        ground = torch.tensor([[codes[tile] for tile in row] for row in self.layout])
-        (H, L), (start, stride) = ground.shape, (F.pad(ground, (W, W, W, W), value=OUTSIDE), ground.shape[1] + 2 * W)
-        stone, wood = ((start.flatten() == kind).nonzero()[:, 0] for kind in (FULL_STONE, FULL_WOOD))
-        sources, i, near = torch.cat((stone, wood)), torch.arange(N), torch.arange(-W, W + 1)
-        corners = [(0, L - 1), (H - 1, 0), (0, 0), (H - 1, L - 1)]  # of the worst builder to the best
-        ranked = self.ranked and N == len(set(corners)) == 4 and all(ground[corner] != WATER for corner in corners)
-        A, O = 6 + 4 * P, 21 + 10 * P + b + N + 3 * (N - 1) + 5 * (2 * W + 1) ** 2
+    def _build_agents(self):
+        N = self.num_agents
+        i = torch.arange(N)
+        self.payments = self._constant(RANKED_PAYMENT, self.dtype, 0)  # [4]
+        self.house = self._constant(HOUSE + i)  # [N, 1] contents of a tile
+        self.index = self._constant(i, trailing=2)  # [N, 1, 1] of agents
+        self.myself = self._constant(torch.eye(N), torch.bool)  # [N, N, 1]
+        self.earlier = self._constant(i[:, None] > i, torch.bool)  # [N, N, 1] has the second agent the lower index?
+        self.others = ((i[:, None] + torch.arange(1, N)) % N).to(self.device)  # [N, N - 1] the next one first
 
-        def to(values, dtype=torch.int32, trailing=1):
-            return torch.as_tensor(values, dtype=dtype, device=self.device)[(..., *[None] * trailing)]
+    def _build_market(self):
+        P = self.max_price + 1
+        self.levels = self._constant(range(P))  # [P, 1] prices
+        self.slots = self._constant(range(self.max_orders))  # [K, 1]
 
-        everybody = torch.ones(N, dtype=torch.bool, device=self.device)
-        self._set(size=(H, L), stride=stride, agents=tuple(f"agent_{k}" for k in range(N)), cooperators=everybody)
-        self._set(obs_sizes=(O,) * N, obs_mask=everybody[:, None].repeat(1, O))
-        self._set(action_sizes=(A,) * N, action_mask=everybody[:, None].repeat(1, A))
-        self._set(num_rates=1 + int(1 / self.rate_step + 1e-9), planner_obs_size=6 * P + 6 + b + 7 * N)
-        self._set(noise_rows=2 * N + len(sources) + b * (self.tax == "saez"))
-        self._set(start=to(start.flatten(), torch.int8), land=to(start.flatten() < WATER, torch.bool))  # [T, 1] each
-        self._set(sources=to(sources, torch.int64, 0), num_stones=len(stone))  # [S] tiles, stone first
-        self._set(source_place=to(torch.stack((sources // stride, sources % stride)) - W)[:, None])  # [2, 1, S, 1]
-        self._set(corners=to([(r + W) * stride + c + W for r, c in corners], trailing=0) if ranked else None)
-        self._set(payments=to(RANKED_PAYMENT, self.dtype, 0), near=to((near[:, None] * stride + near).flatten()))
-        self._set(steps=to([-1, 1, -stride, stride], trailing=2), directions=to(range(4), trailing=2))  # [4, 1, 1]
-        self._set(house=to(HOUSE + i), levels=to(range(P)), slots=to(range(self.max_orders)))  # [N, P or K, 1]
-        self._set(seniority=to(2**AGENT_BITS - 1 - i, trailing=2), numbers=to(i, trailing=2))  # [N, 1, 1]
-        self._set(myself=to(torch.eye(N), torch.bool), earlier=to(i[:, None] > i, torch.bool))  # [N, N, 1]
-        self._set(others=to((i[:, None] + torch.arange(1, N)) % N, torch.int64, 0))  # [N, N - 1]
-        # what each action needs, as bits (see valid_actions) and in coin, [A, 1, 1]
-        self._set(needs=to([0, 1, *[2] * P, *[4] * P, *[8] * P, *[16] * P, 32, 64, 128, 256], trailing=2))
-        self._set(cost=to([0, 0, *range(P), *[0] * P, *range(P), *[0] * (P + 4)], self.dtype, 2))
-        self._set(lower=to(self.cutoffs, self.dtype, 2), upper=to((*self.cutoffs[1:], math.inf), self.dtype, 2))
-        self._set(schedule=to(US_FEDERAL if self.tax == "us" else self.fixed_rates, torch.float64))  # [brackets, 1]
+    def _build_taxes(self):
+        self.num_rates = 1 + int(1 / self.rate_step + 1e-9)  # that a planner can choose
+        self.lower = self._constant(self.cutoffs, self.dtype, 2)  # [brackets, 1, 1] coin
+        self.upper = self._constant((*self.cutoffs[1:], math.inf), self.dtype, 2)
+        rates = US_FEDERAL if self.tax == "us" else self.fixed_rates
+        self.schedule = self._constant(rates, torch.float64)  # [brackets, 1]
 
-    # ---------------------------------------------------------------------------------- dynamics, in order of a step
+    def _build_sizes(self):
+        N, b = self.num_agents, len(self.cutoffs)
+        P = self.max_price + 1
+        A = 6 + 4 * P
+        O = 21 + 10 * P + b + N + 3 * (N - 1) + 5 * (2 * self.window + 1) ** 2  # see `observe`
+        self.agents = tuple(f"agent_{i}" for i in range(N))
+        self.cooperators = torch.ones(N, dtype=torch.bool, device=self.device)
+        self.obs_sizes = (O,) * N
+        self.obs_mask = self.cooperators[:, None].repeat(1, O)
+        self.action_sizes = (A,) * N
+        self.action_mask = self.cooperators[:, None].repeat(1, A)
+        self.planner_obs_size = 6 * P + 6 + b + 7 * N
+        self.noise_rows = 2 * N + len(self.sources) + b * (self.tax == "saez")
+
+    # --------------------------------------------------------------------------------------------- reset, draw and step
+
+    def reset(self, generators: list[torch.Generator], after: State | None = None) -> tuple[State, Tensor]:
+        """Generator k alone draws the k-th block of num_envs / len(generators) environments. `after`: the last state of
+        the episode before, whose counters (annealing, Saez's pairs) go on; each environment of a block gets the newest
+        of all its pairs, as in ai-economist's trainer."""
+        if self.num_envs % len(generators):
+            raise ValueError(f"num_envs must be a multiple of the {len(generators)} generators, got {self.num_envs}")
+        N = self.num_agents
+        order, payment, bonus = self._uniform(generators, 3 * N).split(N)
+        bonus = (torch.exp(-torch.log(1 - bonus) / 3) - 1).clamp_max(2) / 2  # min(2, Pareto(3)) / 2
+        if self.corners is None:
+            payment = 10 * (2 * torch.exp(-torch.log(1 - payment) / 4) - 1).clamp_max(3)  # 10 min(3, 2 Pareto(4) + 1)
+            lots = self._uniform(generators, len(self.start))
+            position = torch.where(self.land, lots, -1).topk(N, 0).indices
+        else:
+            rank = self.ranks(order).long()
+            payment = self.payments[rank]
+            position = self.corners[rank]
+        state = self.make_state(position, payment, bonus, after)
+        if after is not None and self.tax == "saez":
+            blocks = state.pairs.unflatten(2, (len(generators), -1))
+            newest = blocks.transpose(2, 3).flatten(1, 2)[:, : self.saez_pairs]  # [2, M, generators]
+            state.pairs = newest.repeat_interleave(self.num_envs // len(generators), 2)
+        return state, self.observe(state)
+
+    def make_state(self, position: Tensor, payment: Tensor, bonus: Tensor, after: State | None = None) -> State:
+        """The first state of an episode in which agents start on the tiles `position` with these skills, [N, B] each.
+        The counters of `after`, a state, go on."""
+        N, B = position.shape
+        P, K = self.max_price + 1, self.max_orders
+        M = self.saez_pairs if self.tax == "saez" else 0
+
+        def zeros(*shape, dtype=self.dtype):
+            return torch.zeros(*shape, B, dtype=dtype, device=self.device)
+
+        # no tensor twice, or else a compiled step is compiled again
+        state = State(
+            tiles=self.start.repeat(1, B),
+            position=position.int(),
+            coin=zeros(N) + self.start_coin,
+            goods=zeros(2, N, dtype=torch.int32),
+            labor=zeros(N),
+            side=zeros(2, N, K, dtype=torch.int8),
+            price=zeros(2, N, K, dtype=torch.int8),
+            age=zeros(2, N, K, dtype=torch.int8),
+            history=zeros(2, P),
+            rates=zeros(len(self.cutoffs)),
+            last_coin=zeros(N) + self.start_coin,
+            last_income=zeros(N),
+            last_rate=zeros(N),
+            payment=payment.to(self.dtype),
+            bonus=bonus.to(self.dtype),
+            utility=zeros(N),
+            welfare=zeros(),
+            worked=zeros(dtype=torch.int64),
+            completions=zeros(dtype=torch.int64),
+            pairs=torch.stack((zeros(M), zeros(M) - 1)),
+            elasticity=zeros(2) + 0.5,
+            t=zeros(dtype=torch.int64),
+        )
+        if after is not None:
+            state.worked = after.worked
+            state.pairs = after.pairs
+            state.elasticity = after.elasticity
+            state.completions = after.completions + 1
+        if self.tax in ("us", "fixed"):
+            state.rates = self.schedule.minimum(self.rate_limit(state)).to(self.dtype)
+        state.utility = self.utility(state.coin, state.labor, self.labor_weight(state))
+        state.welfare = self.social_welfare(state.coin, state.utility)
+        return state
+
+    def draw(self, generators: list[torch.Generator]) -> Tensor:
+        """The random numbers of one step, uniform [2 N + S, B]: agents move in the order of the first N; the next N let
+        an agent collect a second unit if below `bonus`, and S let a source (stone first, row by row) refill if below
+        `regrowth`. For Saez come random rates, one per bracket."""
+        return self._uniform(generators, self.noise_rows)
+
+    def _uniform(self, generators: list[torch.Generator], rows: int) -> Tensor:
+        """[rows, B] uniform numbers, the k-th block of environments from generator k."""
+        size = self.num_envs // len(generators)
+        blocks = [torch.rand(rows, size, generator=g, device=g.device, dtype=self.dtype) for g in generators]
+        return torch.cat(blocks, 1).to(self.device)
+
+    def step(self, state: State, action: Tensor, noise: Tensor | None = None, planner_action: Tensor | None = None):
+        """action [B, N] (see `valid_actions`), noise from `draw` (None: agents move in the order of their indices,
+        nobody is lucky, nothing regrows), planner_action [B, brackets], int64 choices or floating-point rates.
+
+        Returns state, obs [B, N, O], reward [B, N] (change of utility), terminated [B], truncated [B] and info:
+        "valid_actions" [B, N, A], "planner_reward", "productivity" (everybody's coin), "equality" [B].
+        """
+        new = self.advance(state, action, noise, planner_action)
+        coin = self.endowment(new)
+        info = {
+            "valid_actions": self.valid_actions(new),
+            "planner_reward": new.welfare - state.welfare,
+            "productivity": total(coin),
+            "equality": equality_of(coin),
+        }
+        reward = (new.utility - state.utility).T
+        truncated = new.t >= self.horizon
+        return new, self.observe(new), reward, torch.zeros_like(truncated), truncated, info
+
+    def advance(self, state: State, action: Tensor, noise: Tensor | None = None, planner_action=None) -> State:
+        """A step without observations and masks. Rewards are the changes of `utility` and `welfare`."""
+        N, S = self.num_agents, len(self.sources)
+        P = self.max_price + 1
+        if noise is None:
+            noise = torch.ones(self.noise_rows, len(action), dtype=self.dtype, device=action.device)
+        order, luck, growth, random_rates = noise.split((N, N, S, self.noise_rows - 2 * N - S))
+        action = action.T.int().contiguous()  # batch-last in memory too
+        prices = [self._prices(action, 2 + k * P) for k in range(4)]  # bids for stone, asks, bids for wood, asks
+        new = self.build(state, action == BUILD)
+        new = self.place_orders(new, bids=torch.stack(prices[::2]), asks=torch.stack(prices[1::2]))
+        new, _ = self.match_orders(new, rounds=N)
+        new = self.move(new, action - (2 + 4 * P), self.ranks(order))
+        new = self.collect(new, luck < state.bonus * self.bonus_scale)
+        new = self.set_rates(new, planner_action, random_rates)
+        new = self._levy_if_due(new)
+        new = replace(new, tiles=self.regrow(new, growth), t=state.t + 1)
+        coin = self.endowment(new)
+        utility = self.utility(coin, new.labor, self.labor_weight(state))
+        gained = total(utility - state.utility) > 0
+        welfare = self.social_welfare(coin, utility)
+        return replace(new, utility=utility, welfare=welfare, worked=state.worked + gained)
+
+    # ---------------------------------------------------------------------------------------- its parts, in their order
 
     def build(self, state: State, wish: Tensor) -> State:
         """A house for each agent that wishes it [N, B], has stone and wood, and stands on bare grass."""
         here = self._at(state, state.position)
-        built = (wish & (here == GRASS) & (state.goods[STONE] > 0) & (state.goods[WOOD] > 0)).int()
-        new = {"tiles": self._put(state, torch.where(built > 0, self.house, here)), "goods": state.goods - built}
-        coin = state.coin + built * (state.payment * self.payment_scale)
-        return dataclasses.replace(state, coin=coin, labor=state.labor + built * self.build_labor, **new)
+        built = (wish & self._can_build(state, here)).int()
+        return replace(
+            state,
+            tiles=self._put(state, torch.where(built > 0, self.house, here)),
+            goods=state.goods - built,
+            coin=state.coin + built * (state.payment * self.payment_scale),
+            labor=state.labor + built * self.build_labor,
+        )
+
+    def _can_build(self, state: State, here: Tensor) -> Tensor:
+        """[N, B] for agents on tiles with contents `here`."""
+        return (here == GRASS) & (state.goods[STONE] > 0) & (state.goods[WOOD] > 0)
 
     def _at(self, state: State, tile: Tensor) -> Tensor:
         """int32 contents of the tiles [..., B]."""
@@ -314,77 +442,98 @@ class Economy:
         """Tiles with new contents [N, B] where agents stand."""
         return state.tiles.scatter(0, state.position.long(), contents.to(torch.int8))
 
+    def _prices(self, action: Tensor, first: int) -> Tensor:
+        """[N, B] of one kind of order, whose action at price 0 is `first`; -1: none."""
+        price = action - first
+        return torch.where((price >= 0) & (price <= self.max_price), price, -1)
+
     def place_orders(self, state: State, bids: Tensor, asks: Tensor) -> State:
         """Orders at prices bids and asks [R, N, B] int32, -1: none. One for which the agent lacks a slot, coin or goods
         is ignored; several of one agent count in the order stone, wood, and bid, ask."""
-        coin, labor, goods = state.coin, state.labor, list(state.goods.unbind())
-        books = [[x.int() for x in book] for book in zip(state.side, state.price, state.age)]  # [N, K, B] each
-        for r, kind in itertools.product((STONE, WOOD), (BID, ASK)):
-            wish, (side, price, age) = (bids, asks)[kind - BID][r], books[r]
-            slot = torch.where(side == 0, self.slots, self.max_orders).amin(1)  # the first free one
-            able = (coin >= wish) if kind == BID else (goods[r] > 0)
-            slot = torch.where((wish >= 0) & able & (slot < self.max_orders), slot, -1)
-            here, placed = slot[:, None] == self.slots, (slot >= 0).int()
-            books[r] = [torch.where(here, x, y) for x, y in zip((kind, wish[:, None], 0), (side, price, age))]
-            coin = coin - placed * wish if kind == BID else coin
-            goods[r] = goods[r] - placed if kind == ASK else goods[r]
+        coin, labor = state.coin, state.labor
+        goods = list(state.goods)
+        sides, prices, ages = (list(book.int()) for book in (state.side, state.price, state.age))
+        for r, side in itertools.product((STONE, WOOD), (BID, ASK)):
+            price = bids[r] if side == BID else asks[r]  # [N, B]
+            able = coin >= price if side == BID else goods[r] > 0
+            slot = torch.where(sides[r] == 0, self.slots, self.max_orders).amin(1)  # the first free one
+            slot = torch.where((price >= 0) & able & (slot < self.max_orders), slot, -1)
+            here = slot[:, None] == self.slots  # [N, K, B]
+            sides[r] = torch.where(here, side, sides[r])
+            prices[r] = torch.where(here, price[:, None], prices[r])
+            ages[r] = torch.where(here, 0, ages[r])
+            placed = (slot >= 0).int()
             labor = labor + placed * self.order_labor
-        side, price, age = (torch.stack(books).to(torch.int8) for books in zip(*books))
-        changed = {"side": side, "price": price, "age": age, "goods": torch.stack(goods)}
-        return dataclasses.replace(state, coin=coin, labor=labor, **changed)
+            if side == BID:
+                coin = coin - placed * price
+            else:
+                goods[r] = goods[r] - placed
+        side, price, age = (torch.stack(book).to(torch.int8) for book in (sides, prices, ages))
+        return replace(state, coin=coin, labor=labor, goods=torch.stack(goods), side=side, price=price, age=age)
 
     def match_orders(self, state: State, rounds: int) -> tuple[State, list]:
         """The bid of the highest priority (price, then age, then the lower index of its agent) that another agent's ask
         crosses meets the best such ask, `rounds` times; the price is the older order's, else the ask's. Then orders
         age. Orders that stayed have met before, so that no more trades are possible than there are new orders.
 
-        Returns also, per round, the priorities of bid and ask, -1 where there is no trade, and the price [R, B]."""
-        high, last = AGE_BITS + AGENT_BITS, 2**AGE_BITS - 1
-        price, age, most = state.price.int(), state.age.int(), self.max_price
-        worth = torch.where(state.side == BID, price, most - price)
-        priority = worth << high | age << AGENT_BITS | self.seniority
-        bids, asks = (torch.where(state.side == side, priority, -1) for side in (BID, ASK))
-        coin, goods, history, deals = state.coin, state.goods, self.history_decay * state.history, []
+        Returns also, per round, the keys of bid and ask, -1 where there is no trade, and the price [R, B]."""
+        price, age = state.price.int(), state.age.int()
+        bids = torch.where(state.side == BID, order_key(price, age, self.index), -1)  # [R, N, K, B]
+        asks = torch.where(state.side == ASK, order_key(self.max_price - price, age, self.index), -1)
+        coin, goods = state.coin, state.goods
+        history = self.history_decay * state.history
+        deals = []
         for _ in range(rounds):
-            bid, ask = bids.amax(2), asks.amax(2)  # [R, N, B]
-            best = torch.where(self.myself, -1, ask[:, None]).amax(2)  # of the others
-            crosses = (bid >= 0) & (best >= 0) & (bid >> high >= most - (best >> high))
-            winner = torch.where(crosses, bid, -1).amax(1, keepdim=True)  # [R, 1, B]
-            buys = crosses & (bid == winner)
-            partner = torch.where(buys, best, -1).amax(1, keepdim=True)
-            sells = (partner >= 0) & (ask == partner)
-            offer, asked = winner >> high, most - (partner >> high)
-            older = (winner >> AGENT_BITS & last) > (partner >> AGENT_BITS & last)
-            paid = torch.where(older, offer, asked)
-            coin = coin + (torch.where(buys, offer - paid, 0) + torch.where(sells, paid, 0)).sum(0, dtype=torch.int32)
+            bid, ask, buys, sells = self._best_pair(bids, asks)
+            asked = self.max_price - worth_of(ask)
+            paid = torch.where(age_of(bid) > age_of(ask), worth_of(bid), asked)
+            refund = torch.where(buys, worth_of(bid) - paid, 0)
+            coin = coin + int_sum(refund + torch.where(sells, paid, 0))
             goods = goods + buys.int()
-            history = history + ((partner >= 0) & (paid == self.levels)).int()
-            bids = torch.where(bids == winner[:, :, None], -1, bids)
-            asks = torch.where(asks == partner[:, :, None], -1, asks)
-            deals.append((winner[:, 0], partner[:, 0], paid[:, 0]))
+            history = history + ((ask >= 0) & (paid == self.levels)).int()
+            bids = torch.where(bids == bid[:, :, None], -1, bids)
+            asks = torch.where(asks == ask[:, :, None], -1, asks)
+            deals.append((bid[:, 0], ask[:, 0], paid[:, 0]))
         ends = age >= self.order_duration
-        back = torch.where(ends & (bids >= 0), price, 0).sum((0, 2), dtype=torch.int32)
-        unsold = torch.where(ends & (asks >= 0), 1, 0).sum(2, dtype=torch.int32)
-        side = torch.where(ends, 0, torch.where(bids >= 0, BID, torch.where(asks >= 0, ASK, 0)))
-        new = {"side": side.to(torch.int8), "age": torch.where(side > 0, age + 1, 0).to(torch.int8)}
-        return dataclasses.replace(state, coin=coin + back, goods=goods + unsold, history=history, **new), deals
+        coin = coin + int_sum(torch.where(ends & (bids >= 0), price, 0), (0, 2))
+        goods = goods + int_sum(ends & (asks >= 0), 2)
+        stays = ((bids >= 0) | (asks >= 0)) & ~ends
+        side = torch.where(stays, state.side.int(), 0).to(torch.int8)  # int32 is faster in compiled code
+        age = torch.where(stays, age + 1, 0).to(torch.int8)
+        return replace(state, coin=coin, goods=goods, side=side, age=age, history=history), deals
+
+    def _best_pair(self, bids: Tensor, asks: Tensor) -> tuple[Tensor, ...]:
+        """Of keys [R, N, K, B] the first bid that an ask of another agent crosses and the first such ask [R, 1, B],
+        -1: none; and who buys and who sells [R, N, B]."""
+        bid = bids.amax(2)  # [R, N, B] the first one of each agent
+        own_ask = asks.amax(2)
+        ask = torch.where(self.myself, -1, own_ask[:, None]).amax(2)  # of the others
+        crosses = (bid >= 0) & (ask >= 0) & (worth_of(bid) >= self.max_price - worth_of(ask))
+        first_bid = torch.where(crosses, bid, -1).amax(1, keepdim=True)
+        buys = crosses & (bid == first_bid)
+        first_ask = torch.where(buys, ask, -1).amax(1, keepdim=True)
+        sells = (first_ask >= 0) & (own_ask == first_ask)
+        return first_bid, first_ask, buys, sells
 
     def ranks(self, keys: Tensor) -> Tensor:
         """[N, B] int32: 0 for the smallest of keys [N, B], the first of equal ones."""
-        return ((keys[:, None] > keys) | ((keys[:, None] == keys) & self.earlier)).int().sum(1, dtype=torch.int32)
+        smaller = keys[:, None] > keys
+        equal = keys[:, None] == keys
+        return int_sum(smaller | (equal & self.earlier), 1)
 
     def move(self, state: State, direction: Tensor, rank: Tensor) -> State:
         """Steps to the left, right, up or down (0 to 3, else none, [N, B]), one agent after the other by rank [N, B]:
         onto tiles without water, another's house or, at that moment, an agent."""
-        offset = torch.where(direction == self.directions, self.steps, 0).sum(0, dtype=torch.int32)
         position = state.position
-        target = torch.where((offset != 0) & self._enterable(state, position + offset), position + offset, -1)
+        step = int_sum(torch.where(direction == self.directions, self.steps, 0))
+        target = position + step
+        target = torch.where((step != 0) & self._enterable(state, target), target, -1)
         for turn in range(self.num_agents):
-            goal = torch.where(rank == turn, target, 0).sum(0, dtype=torch.int32)
+            goal = int_sum(torch.where(rank == turn, target, 0))  # [B]
             taken = (position == goal).int().amax(0)
             position = torch.where((rank == turn) & (goal > 0) & (taken == 0), goal, position)
-        labor = state.labor + (position != state.position).int() * self.move_labor
-        return dataclasses.replace(state, position=position, labor=labor)
+        moved = (position != state.position).int()
+        return replace(state, position=position, labor=state.labor + moved * self.move_labor)
 
     def _enterable(self, state: State, tile: Tensor) -> Tensor:
         """May each agent, as far as the ground goes, enter its tiles [..., N, B]?"""
@@ -394,220 +543,60 @@ class Economy:
     def collect(self, state: State, lucky: Tensor) -> State:
         """Whoever stands on a unit takes it, and one more if lucky [N, B]."""
         here = self._at(state, state.position)
-        units = torch.stack((here == FULL_STONE, here == FULL_WOOD)).int()
-        any_unit = units[0] + units[1]
-        new = {"tiles": self._put(state, here - any_unit), "goods": state.goods + units * (1 + lucky.int())}
-        return dataclasses.replace(state, labor=state.labor + any_unit * self.collect_labor, **new)
-
-    def rate_limit(self, state: State) -> Tensor:
-        """[B] float64: the highest tax rate so far in the annealing."""
-        if self.tax_warmup is None:
-            return torch.ones_like(state.t, dtype=torch.float64)
-        return (self.tax_slope * (state.completions.double() - self.tax_warmup)).clamp(0, 1)
+        units = torch.stack((here == FULL_STONE, here == FULL_WOOD)).int()  # [R, N, B]
+        any_unit = units[STONE] + units[WOOD]
+        return replace(
+            state,
+            tiles=self._put(state, here - any_unit),
+            goods=state.goods + units * (1 + lucky.int()),
+            labor=state.labor + any_unit * self.collect_labor,
+        )
 
     def set_rates(self, state: State, planner_action: Tensor | None, uniform: Tensor) -> State:
         """The rates of a new period, where one begins; uniform numbers [brackets, B] for Saez's first ones."""
-        limit, starts, rates = self.rate_limit(state), state.t % self.period == 0, state.rates
-        if self.tax == "planner" and planner_action is not None:
-            choice = planner_action.T.contiguous()  # batch-last in memory too
-            if choice.is_floating_point():
-                wanted = choice.clamp_min(0).minimum(limit)
-            else:
-                wanted = (choice - 1).double() * self.rate_step
-                starts = starts & (choice > 0) & (choice <= self.num_rates) & (wanted <= limit)
-            rates = torch.where(starts, wanted.to(self.dtype), rates)
-        if self.tax != "saez":
-            return dataclasses.replace(state, rates=rates)
-        pairs, ready = state.pairs.double(), state.pairs[1, -1] >= 0
-        new = estimate_elasticity(state.pairs, state.elasticity)
-        used = new[0] if self.saez_elasticity is None else self.saez_elasticity
-        saez = saez_schedule(pairs, used, self.cutoffs, self.saez_uniform)[-1].clamp_min(0).minimum(limit)
-        rates = torch.where(starts, torch.where(ready, saez, limit * uniform).to(self.dtype), rates)
-        elasticity = torch.where(starts & ready, new, state.elasticity)
-        return dataclasses.replace(state, rates=rates, elasticity=elasticity)
-
-    def escrow(self, state: State) -> tuple[Tensor, Tensor]:
-        """Coin [N, B] and goods [R, N, B] int32 that open orders set aside."""
-        coin = torch.where(state.side == BID, state.price.int(), 0).sum((0, 2), dtype=torch.int32)
-        return coin, (state.side == ASK).int().sum(2, dtype=torch.int32)
-
-    def endowment(self, state: State) -> Tensor:
-        """[N, B] coin, what open bids set aside included."""
-        return state.coin + self.escrow(state)[0]
-
-    def marginal_rate(self, rates: Tensor, income: Tensor) -> Tensor:
-        """[N, B] of the bracket with this income [N, B]; 0 below 0."""
-        return torch.where((income >= self.lower) & (income < self.upper), rates[:, None], 0).sum(0)
-
-    def tax_due(self, rates: Tensor, income: Tensor) -> Tensor:
-        """[N, B] on incomes [N, B]."""
-        return total(rates[:, None] * (income - self.lower).clamp_min(0).minimum(self.upper - self.lower))
+        starts = state.t % self.period == 0
+        limit = self.rate_limit(state)
+        if self.tax == "saez":
+            return self._saez_rates(state, starts, limit, uniform)
+        if self.tax != "planner" or planner_action is None:
+            return state
+        choice = planner_action.T.contiguous()  # [brackets, B], batch-last in memory too
+        if choice.is_floating_point():
+            rates = choice.clamp_min(0).minimum(limit)
+        else:
+            rates = (choice - 1).double() * self.rate_step
+            starts = starts & (choice > 0) & (choice <= self.num_rates) & (rates <= limit)
+        return replace(state, rates=torch.where(starts, rates.to(self.dtype), state.rates))
 
     def levy(self, state: State) -> State:
         """A tax day: taxes on what endowments gained since the last one, at most the inventory; shared out."""
-        income = self.endowment(state) - state.last_coin
+        income = self.income(state)
+        rate = self.marginal_rate(state.rates, income)
         paid = self.tax_due(state.rates, income).minimum(state.coin)
         coin = state.coin - paid + total(paid) / self.num_agents
-        rate, pairs = self.marginal_rate(state.rates, income), state.pairs
+        last_coin = coin + self.escrow(state)[0]
+        pairs = state.pairs
         if self.tax == "saez":
-            pairs = torch.cat((torch.stack((income, rate)), pairs), 1)[:, : self.saez_pairs]
-        seen = {"last_coin": coin + self.escrow(state)[0], "last_income": income, "last_rate": rate}
-        return dataclasses.replace(state, coin=coin, pairs=pairs, **seen)
+            newest = torch.stack((income, rate))
+            pairs = torch.cat((newest, pairs), 1)[:, : self.saez_pairs]
+        return replace(state, coin=coin, last_coin=last_coin, last_income=income, last_rate=rate, pairs=pairs)
+
+    def _levy_if_due(self, state: State) -> State:
+        """`levy` where a tax period ends."""
+        due = (state.t + 1) % self.period == 0
+        taxed = self.levy(state)
+        changed = ("coin", "last_coin", "last_income", "last_rate", "pairs")
+        values = {name: torch.where(due, getattr(taxed, name), getattr(state, name)) for name in changed}
+        return replace(state, **values)
 
     def regrow(self, state: State, uniform: Tensor) -> Tensor:
         """Tiles in which the empty sources with uniform [S, B] below `regrowth` have refilled."""
         units = state.tiles[self.sources].int()
-        grown = ((units == STONE_SOURCE) | (units == WOOD_SOURCE)) & (uniform < self.regrowth)
-        return state.tiles.scatter(0, self.sources[:, None].expand(units.shape), (units + grown.int()).to(torch.int8))
+        empty = (units == STONE_SOURCE) | (units == WOOD_SOURCE)
+        grown = units + (empty & (uniform < self.regrowth)).int()
+        return state.tiles.scatter(0, self.sources[:, None].expand(units.shape), grown.to(torch.int8))
 
-    def labor_weight(self, state: State) -> Tensor | float:
-        """[B] what the labor coefficient is multiplied with."""
-        n = state.worked if self.labor_schedule == "auto" else state.completions
-        return 1 - torch.exp(-n.to(self.dtype) / self.labor_constant) if self.labor_constant else 1.0
-
-    def utility(self, coin: Tensor, labor: Tensor, weight: Tensor | float) -> Tensor:
-        """[N, B] of coin endowments and the labor of the episode [N, B]."""
-        power = torch.exp((1 - self.eta) * torch.log(coin))  # torch.pow rounds the end of a tensor in another way
-        return (power - 1) / (1 - self.eta) - weight * self.labor_coef * labor
-
-    def social_welfare(self, coin: Tensor, utility: Tensor) -> Tensor:
-        """[B] the planner's objective."""
-        if self.objective == "equality_productivity":
-            w = self.equality_weight
-            return (w * equality_of(coin) + 1 - w) * total(coin) / self.num_agents
-        weight = 1 / coin.clamp_min(1)
-        return total(weight / total(weight) * (coin if self.objective == "inverse_income_coin" else utility))
-
-    def advance(self, state: State, action: Tensor, noise: Tensor | None = None, planner_action=None) -> State:
-        """A step without observations and masks. Rewards are the changes of `utility` and `welfare`."""
-        N, P, S = self.num_agents, self.max_price + 1, len(self.sources)
-        if noise is None:
-            noise = torch.ones(self.noise_rows, len(action), dtype=self.dtype, device=action.device)
-        action, (keys, luck, grow, spin) = action.T.int(), noise.split((N, N, S, self.noise_rows - 2 * N - S))
-        price = [torch.where((x >= 0) & (x < P), x, -1) for x in (action - 2 - k * P for k in range(4))]
-        new = self.build(state, action == 1)
-        new = self.place_orders(new, torch.stack(price[::2]), torch.stack(price[1::2]))
-        new, _ = self.match_orders(new, rounds=N)
-        new = self.move(new, action - (2 + 4 * P), self.ranks(keys))
-        new = self.collect(new, luck < state.bonus * self.bonus_scale)
-        new = self.set_rates(new, planner_action, spin)
-        taxed, due = self.levy(new), (state.t + 1) % self.period == 0
-        for name in ("coin", "last_coin", "last_income", "last_rate", "pairs"):
-            new = dataclasses.replace(new, **{name: torch.where(due, getattr(taxed, name), getattr(new, name))})
-        new = dataclasses.replace(new, tiles=self.regrow(new, grow), t=state.t + 1)
-        coin = self.endowment(new)
-        utility = self.utility(coin, new.labor, self.labor_weight(state))
-        worked = state.worked + (total(utility - state.utility) > 0)
-        return dataclasses.replace(new, utility=utility, welfare=self.social_welfare(coin, utility), worked=worked)
-
-    # ----------------------------------------------------------------------------------------------------- interface
-
-    def make_state(self, position: Tensor, payment: Tensor, bonus: Tensor, after: State | None = None) -> State:
-        """The first state of an episode in which agents start on the tiles `position` with these skills, [N, B] each.
-        The counters of `after`, a state, go on."""
-        N, K, B, whole = self.num_agents, self.max_orders, position.shape[1], torch.int64
-
-        def zeros(*shape, dtype=self.dtype):
-            return torch.zeros(*shape, B, dtype=dtype, device=self.device)
-
-        coin = zeros(N) + self.start_coin
-        book = [*(zeros(2, N, K, dtype=torch.int8) for _ in range(3)), zeros(2, self.max_price + 1)]
-        taxes = [zeros(len(self.cutoffs)), coin.clone(), zeros(N), zeros(N)]  # no tensor twice: code is compiled once
-        skills, counters = [payment.to(self.dtype), bonus.to(self.dtype)], [zeros(dtype=whole), zeros(dtype=whole)]
-        pairs = zeros(self.saez_pairs * (self.tax == "saez"))
-        saez = [torch.stack((pairs, pairs - 1)), zeros(2) + 0.5]
-        start = [self.start.repeat(1, B), position.int(), coin, zeros(2, N, dtype=torch.int32), zeros(N)]
-        state = State(*start, *book, *taxes, *skills, zeros(N), zeros(), *counters, *saez, zeros(dtype=whole))
-        if after is not None:
-            carried = {name: getattr(after, name) for name in ("worked", "pairs", "elasticity")}
-            state = dataclasses.replace(state, completions=after.completions + 1, **carried)
-        if self.tax in ("us", "fixed"):
-            state.rates = self.schedule.minimum(self.rate_limit(state)).to(self.dtype)
-        state.utility = self.utility(coin, state.labor, self.labor_weight(state))
-        state.welfare = self.social_welfare(coin, state.utility)
-        return state
-
-    def _block(self, generators: list[torch.Generator], rows: int) -> Tensor:
-        """[rows, B] uniform numbers, the k-th block of environments from generator k."""
-        size = self.num_envs // len(generators)
-        parts = [torch.rand(rows, size, generator=g, device=g.device, dtype=self.dtype) for g in generators]
-        return torch.cat(parts, 1).to(self.device)
-
-    def reset(self, generators: list[torch.Generator], after: State | None = None) -> tuple[State, Tensor]:
-        """Generator k alone draws the k-th block of num_envs / len(generators) environments. `after`: the last state of
-        the episode before, whose counters (annealing, Saez's pairs) go on; each environment of a block gets the newest
-        of all its pairs, as in ai-economist's trainer."""
-        if self.num_envs % len(generators):
-            raise ValueError(f"num_envs must be a multiple of the {len(generators)} generators, got {self.num_envs}")
-        N = self.num_agents
-        order, payment, bonus = self._block(generators, 3 * N).split(N)
-        rank = self.ranks(order).long()
-        bonus = (torch.exp(-torch.log(1 - bonus) / 3) - 1).clamp_max(2) / 2  # skills have Pareto distributions
-        if self.corners is not None:
-            payment, tile = self.payments[rank], self.corners[rank]
-        else:
-            payment = 10 * (2 * torch.exp(-torch.log(1 - payment) / 4) - 1).clamp_max(3)
-            tile = torch.where(self.land, self._block(generators, len(self.start)), -1).topk(N, 0).indices
-        state = self.make_state(tile, payment, bonus, after)
-        if after is not None and self.tax == "saez":
-            pairs = state.pairs.unflatten(2, (len(generators), -1)).transpose(2, 3).flatten(1, 2)  # newest first
-            state.pairs = pairs[:, : self.saez_pairs].repeat_interleave(self.num_envs // len(generators), 2)
-        return state, self.observe(state)
-
-    def draw(self, generators: list[torch.Generator]) -> Tensor:
-        """The random numbers of one step, uniform [2 N + S, B]: agents move in the order of the first N; the next N let
-        an agent collect a second unit if below `bonus`, and S let a source (stone first, row by row) refill if below
-        `regrowth`. For Saez come random rates, one per bracket."""
-        return self._block(generators, self.noise_rows)
-
-    def valid_actions(self, state: State) -> Tensor:
-        """[B, N, A] bool: what `step` would not ignore. 0 does nothing, 1 builds; then come bids for stone at each
-        price, asks, the same for wood; then left, right, up, down, which fail if somebody else gets there first. (The
-        attribute `action_mask` only says which actions exist: all.)"""
-        have, slot = state.goods > 0, state.side.int().amin(2) == 0
-        here, target = self._at(state, state.position), state.position + self.steps
-        others = ((target[:, :, None] == state.position) & ~self.myself).int().amax(2)  # [4, N, B]
-        way = self._enterable(state, target) & (others == 0)
-        able = ((here == GRASS) & have[STONE] & have[WOOD], slot[0], slot[0] & have[0], slot[1], slot[1] & have[1])
-        bits = sum(x.int() << k for k, x in enumerate((*able, *way)))
-        return (((self.needs & ~bits) == 0) & (state.coin >= self.cost)).permute(2, 1, 0)
-
-    def valid_rates(self, state: State) -> Tensor:
-        """[B, brackets, 1 + rates] bool: choice 0 keeps a rate, the others set it where a period starts."""
-        level = torch.arange(-1, self.num_rates, dtype=torch.float64, device=self.device) * self.rate_step
-        starts = (state.t % self.period == 0) & (self.tax == "planner")
-        may = (level < 0) | ((level <= self.rate_limit(state)[:, None]) & starts[:, None])
-        return may[:, None].expand(-1, len(self.cutoffs), -1)
-
-    def market_rate(self, state: State) -> Tensor:
-        """[R, B] mean price of past trades, recent ones first."""
-        return total(self.levels * state.history, 1) / total(state.history, 1).clamp_min(0.001)
-
-    def _place(self, state: State) -> Tensor:
-        """[2, N, B] rows and columns (stacked, so that compiled code divides once)."""
-        return torch.stack((state.position // self.stride, state.position % self.stride)) - self.window
-
-    def _flat(self, state: State, price: float, goods: float, trades: float) -> tuple[Tensor, Tensor, Tensor]:
-        """ai-economist's flat observations [N, F, B] of agents, without build_skill, [G, B] of the planner, without its
-        empty inventory, and [N, 6, B] of what it sees of each agent, for units of prices, goods and past trades."""
-        N, (H, L), side = self.num_agents, self.size, state.side[:, :, :, None]
-        at = state.price[:, :, :, None].int() == self.levels  # [R, N, K, P, B]
-        asks, bids = (((side == kind) & at).int().sum(2, dtype=torch.int32) for kind in (ASK, BID))  # [R, N, P, B]
-        all_asks, all_bids = (x.sum(1, keepdim=True, dtype=torch.int32) for x in (asks, bids))
-        rate, history = self.market_rate(state) / price, state.history.flatten(0, 1) / trades
-        income = self.endowment(state) - state.last_coin
-        marginal, day = self.marginal_rate(state.rates, income), state.t % self.period
-        last, (row, col) = state.last_income / self.period, self._place(state)
-        incomes = torch.where(self.ranks(last) == self.numbers, last, 0).sum(1)  # sorted
-        taxes = [state.rates, torch.stack((day == 0, day == self.period - 1)), incomes]
-        clock = torch.stack(((day + 1) / self.period, state.t / self.horizon))
-        own = [marginal, *clock[:, None].expand(-1, N, -1), state.coin / 100, *(state.goods / goods), col / L, row / H]
-        books = [x.transpose(0, 1).flatten(1, 2) for x in (all_asks - asks, all_bids - bids, asks, bids)]
-        blocks = [state.payment[:, None] / 10, *books[:2], rate, *books[2:], history, state.bonus[:, None], *taxes]
-        agents = torch.cat([x.to(self.dtype).expand(N, -1, -1) for x in (*blocks, torch.stack(own, 1))], 1)
-        planner = [*(x.flatten(0, 2) for x in (all_asks, all_bids)), rate, history, *taxes, clock]
-        seen = [marginal, last, state.last_rate, state.coin / 100, *(state.goods / goods)]
-        return agents, torch.cat([x.to(self.dtype) for x in planner]), torch.stack(seen, 1)
+    # ----------------------------------------------------------------------------------------------------- observations
 
     def observe(self, state: State) -> Tensor:
         """[B, N, O], flat and compact: "flat" of `original_obs` without its second entry, with market rates / max_price
@@ -618,35 +607,132 @@ class Economy:
         6           the same for the nearest stone and the nearest wood
         5 (2 window + 1)^2  tiles around the agent, row by row: stone, wood, empty source, house, may not be entered
         """
-        flat, place = self._flat(state, self.max_price, 10.0, 10.0)[0], self._place(state)
-        income = (self.endowment(state) - state.last_coin)[:, None] / self.period
-        way = place[:, self.others] - place[:, :, None]  # [2, N, N - 1, B]
-        seen = (way.abs().amax(0) <= self.sight).to(self.dtype)
-        others = torch.stack((*(way * seen / self.sight), seen), 2).flatten(1, 2)
-        code = self._at(state, state.position[:, None] + self.near)  # [N, tiles, B]
-        source = (code == STONE_SOURCE) | (code == WOOD_SOURCE)
-        blocked = (code >= WATER) & (code != self.house[:, None])
-        channels = (code == FULL_STONE, code == FULL_WOOD, source, code >= HOUSE, blocked)
-        window = [torch.where(channel, 1.0, 0.0).to(self.dtype) for channel in channels]
-        obs = torch.cat([flat, income, others, self._nearest(state, place), *window], 1)
+        flat = self._flat(state, self.max_price, 10.0, 10.0)
+        income = self.income(state)[:, None] / self.period
+        place = self._place(state)
+        blocks = [flat, income, self._others(place), self._nearest(state, place), *self._window(state)]
+        obs = torch.cat(blocks, 1)  # [N, O, B]
         return obs.flatten(0, 1).T.contiguous().view(-1, *obs.shape[:2])
-
-    def _nearest(self, state: State, place: Tensor) -> Tensor:
-        """[N, 6, B] where the nearest stone and wood are, see `observe`."""
-        units, (dr, dc) = state.tiles[self.sources].int(), self.source_place - place[:, :, None]  # [N, S, B] each
-        seen = ((units == FULL_STONE) | (units == FULL_WOOD)) & (torch.maximum(dr.abs(), dc.abs()) <= self.sight)
-        keys = torch.where(seen, (dr.abs() + dc.abs()) << 16 | (dr + 128) << 8 | (dc + 128), FAR)
-        entries = []
-        for key in (keys[:, : self.num_stones].amin(1), keys[:, self.num_stones :].amin(1)):
-            way = [(key >> 8 & 255) - 128, (key & 255) - 128, torch.full_like(key, self.sight)]
-            entries += [torch.where(key < FAR, x, 0) / self.sight for x in way]
-        return torch.stack(entries, 1).to(self.dtype)
 
     def planner_obs(self, state: State) -> Tensor:
         """[B, G] of the planner, who sees neither map nor skills: "planner_flat" of `original_obs` without its last
         three entries, then "planner_agents", in the units of `observe`."""
-        _, flat, agents = self._flat(state, self.max_price, 10.0, 10.0)
-        return torch.cat((flat, agents.flatten(0, 1))).T.contiguous()
+        flat = self._planner_flat(state, self.max_price, 10.0)
+        agents = self._planner_agents(state, 10.0).flatten(0, 1)
+        return torch.cat((flat, agents)).T.contiguous()
+
+    def global_state(self, state: State) -> Tensor:
+        """[B, N O + G] for centralised critics: what everybody sees, the planner included."""
+        return torch.cat((self.observe(state).flatten(1), self.planner_obs(state)), 1)
+
+    def _flat(self, state: State, price_unit: float, goods_unit: float, trades_unit: float) -> Tensor:
+        """[N, F, B] ai-economist's flat observations of agents, without build_skill."""
+        rows, columns = self.size
+        row, column = self._place(state)
+        asks, bids = self._order_counts(state)
+        rate = self.marginal_rate(state.rates, self.income(state))
+        own = [state.coin / 100, *(state.goods / goods_unit), column / columns, row / rows]
+        blocks = [
+            state.payment[:, None] / 10,
+            int_sum(asks) - asks,
+            int_sum(bids) - bids,
+            self.market_rate(state) / price_unit,
+            asks,
+            bids,
+            state.history.flatten(0, 1) / trades_unit,
+            state.bonus[:, None],
+            *self._tax_facts(state),
+            rate[:, None],
+            self._clock(state),
+            torch.stack(own, 1),
+        ]
+        return torch.cat([block.to(self.dtype).expand(self.num_agents, -1, -1) for block in blocks], 1)
+
+    def _planner_flat(self, state: State, price_unit: float, trades_unit: float) -> Tensor:
+        """[G - 6 N, B] ai-economist's flat observations of the planner, without its empty inventory."""
+        asks, bids = self._order_counts(state)
+        blocks = [
+            int_sum(asks),
+            int_sum(bids),
+            self.market_rate(state) / price_unit,
+            state.history.flatten(0, 1) / trades_unit,
+            *self._tax_facts(state),
+            self._clock(state),
+        ]
+        return torch.cat([block.to(self.dtype) for block in blocks])
+
+    def _planner_agents(self, state: State, goods_unit: float) -> Tensor:
+        """[N, 6, B] what the planner sees of each agent."""
+        rate = self.marginal_rate(state.rates, self.income(state))
+        income = state.last_income / self.period
+        return torch.stack([rate, income, state.last_rate, state.coin / 100, *(state.goods / goods_unit)], 1)
+
+    def _order_counts(self, state: State) -> tuple[Tensor, Tensor]:
+        """Each agent's open asks and bids at each price, [N, R P, B]."""
+        side = state.side[:, :, :, None]
+        at_price = state.price[:, :, :, None].int() == self.levels  # [R, N, K, P, B]
+        asks = int_sum((side == ASK) & at_price, 2)
+        bids = int_sum((side == BID) & at_price, 2)
+        return asks.transpose(0, 1).flatten(1, 2), bids.transpose(0, 1).flatten(1, 2)
+
+    def market_rate(self, state: State) -> Tensor:
+        """[R, B] mean price of past trades, recent ones first."""
+        return total(self.levels * state.history, 1) / total(state.history, 1).clamp_min(0.001)
+
+    def _tax_facts(self, state: State) -> list[Tensor]:
+        """Rates [brackets, B]; first day of a period? tax day? [2, B]; sorted incomes of the last one [N, B]."""
+        day = state.t % self.period
+        days = torch.stack((day == 0, day == self.period - 1))
+        income = state.last_income / self.period
+        incomes = torch.where(self.ranks(income) == self.index, income, 0).sum(1)  # torch.sort is slower once compiled
+        return [state.rates, days, incomes]
+
+    def _clock(self, state: State) -> Tensor:
+        """[2, B] shares of the period and of the episode that are over."""
+        day = state.t % self.period
+        return torch.stack(((day + 1) / self.period, state.t / self.horizon))
+
+    def _place(self, state: State) -> Tensor:
+        """[2, N, B] rows and columns (stacked, so that compiled code divides once)."""
+        return torch.stack((state.position // self.stride, state.position % self.stride)) - self.window
+
+    def _others(self, place: Tensor) -> Tensor:
+        """[N, 3 (N - 1), B] where the others are, see `observe`."""
+        way = place[:, self.others] - place[:, :, None]  # [2, N, N - 1, B]
+        seen = (way.abs().amax(0) <= self.sight).to(self.dtype)
+        offsets = way * seen / self.sight
+        return torch.stack((*offsets, seen), 2).flatten(1, 2)
+
+    def _nearest(self, state: State, place: Tensor) -> Tensor:
+        """[N, 6, B] where the nearest stone and wood are, see `observe`."""
+        units = state.tiles[self.sources].int()
+        rows, columns = self.source_place - place[:, :, None]  # [N, S, B] each
+        full = (units == FULL_STONE) | (units == FULL_WOOD)
+        seen = full & (torch.maximum(rows.abs(), columns.abs()) <= self.sight)
+        # a way packed behind its length, so that a single minimum finds the nearest one
+        far = 1 << 28
+        length = rows.abs() + columns.abs()
+        ways = torch.where(seen, length << 16 | (rows + 128) << 8 | (columns + 128), far)
+        stone = ways[:, : self.num_stones].amin(1)
+        wood = ways[:, self.num_stones :].amin(1)
+        way = torch.stack((stone, wood), 1)  # [N, R, B]
+        row = (way >> 8 & 255) - 128
+        column = (way & 255) - 128
+        entries = torch.stack((row, column, torch.full_like(way, self.sight)), 2)  # [N, R, 3, B]
+        entries = torch.where(way[:, :, None] < far, entries, 0) / self.sight
+        return entries.flatten(1, 2).to(self.dtype)
+
+    def _window(self, state: State) -> list[Tensor]:
+        """Five [N, tiles, B], see `observe`."""
+        code = self._at(state, state.position[:, None] + self.near)
+        channels = (
+            code == FULL_STONE,
+            code == FULL_WOOD,
+            (code == STONE_SOURCE) | (code == WOOD_SOURCE),
+            code >= HOUSE,
+            (code >= WATER) & (code != self.house[:, None]),
+        )
+        return [channel.to(self.dtype) for channel in channels]
 
     def original_obs(self, state: State) -> dict[str, Tensor]:
         """What ai-economist's agents and planner see, in its order and units (V = 2 sight + 1, b brackets):
@@ -659,71 +745,281 @@ class Economy:
         "planner_flat" [B, 9 + 6 P + b + N]: asks, bids, market rates, past trades, rates, ..., incomes, phase, time, 0s
         "planner_agents" [B, N, 6]: marginal rate now, last income, rate at it, coin, stone, wood
         """
-        (H, L), W, S, (row, col) = self.size, self.window, self.sight, self._place(state)
-        flat, planner, seen = self._flat(state, 1.0, 100.0, 100.0)
-        near = torch.arange(-S, S + 1, device=self.device)[:, None, None, None]
-        r, c = row + near, col + near[:, 0]  # rows [V, 1, N, B] and columns [V, N, B] in view
-        inside = (r >= 0) & (r < H) & (c >= 0) & (c < L)  # [V, V, N, B]
-        tile = (r.clamp(0, H - 1) + W) * self.stride + c.clamp(0, L - 1) + W
-        code = torch.where(inside, self._at(state, tile), OUTSIDE)
-        sources = [(code == full) | (code == full - 1) for full in (FULL_STONE, FULL_WOOD)]
-        maps = [code == FULL_STONE, code == FULL_WOOD, code >= HOUSE, code == WATER, *sources, inside]
+        maps, index_maps = self._original_maps(state)
+        flat = self._flat(state, 1.0, 100.0, 100.0)
+        return {
+            "map": maps.permute(4, 3, 0, 1, 2),
+            "index_map": index_maps.permute(4, 3, 0, 1, 2),
+            "flat": torch.cat((flat[:, :1], flat), 1).permute(2, 0, 1),
+            "planner_flat": F.pad(self._planner_flat(state, 1.0, 100.0).T, (0, 3)),
+            "planner_agents": self._planner_agents(state, 100.0).permute(2, 0, 1),
+        }
+
+    def _original_maps(self, state: State) -> tuple[Tensor, Tensor]:
+        """[7, V, V, N, B] bool and [2, V, V, N, B] int32, see `original_obs`."""
+        rows, columns = self.size
+        row, column = self._place(state)
+        near = torch.arange(-self.sight, self.sight + 1, device=self.device)[:, None, None]
+        r = row + near[:, None]  # [V, 1, N, B]
+        c = column + near  # [V, N, B]
+        inside = (r >= 0) & (r < rows) & (c >= 0) & (c < columns)  # [V, V, N, B]
+        tile = (r + self.window) * self.stride + c + self.window
+        code = torch.where(inside, self._at(state, tile.clamp(0, len(self.start) - 1)), OUTSIDE)
+        maps = [
+            code == FULL_STONE,
+            code == FULL_WOOD,
+            code >= HOUSE,
+            code == WATER,
+            (code == STONE_SOURCE) | (code == FULL_STONE),
+            (code == WOOD_SOURCE) | (code == FULL_WOOD),
+            inside,
+        ]
         i = self.house - HOUSE  # [N, 1]
-        there = inside[..., None, :, :] & (tile[..., None, :, :] == state.position[:, None])  # [V, V, agent seen, N, B]
-        who = [code - HOUSE, torch.where(there, i[:, None], -1).amax(2)]
-        index = [torch.where(agent < 0, 0, torch.where(agent == i, 1, agent + 2)) for agent in who]
-        obs = {name: torch.stack(x).permute(4, 3, 0, 1, 2) for name, x in (("map", maps), ("index_map", index))}
-        obs |= {"flat": torch.cat((flat[:, :1], flat), 1).permute(2, 0, 1), "planner_flat": F.pad(planner.T, (0, 3))}
-        return obs | {"planner_agents": seen.permute(2, 0, 1)}
+        there = inside[:, :, None] & (tile[:, :, None] == state.position[:, None])  # [V, V, agent seen, N, B]
+        agent = torch.where(there, i[:, None], -1).amax(2)
+        who = torch.stack((code - HOUSE, agent))
+        index_maps = torch.where(who < 0, 0, torch.where(who == i, 1, who + 2))
+        return torch.stack(maps), index_maps
 
-    def step(self, state: State, action: Tensor, noise: Tensor | None = None, planner_action: Tensor | None = None):
-        """action [B, N] (see `valid_actions`), noise from `draw` (None: agents move in the order of their indices,
-        nobody is lucky, nothing regrows), planner_action [B, brackets], int64 choices or floating-point rates.
+    # ------------------------------------------------------------------------------------------------------------ masks
 
-        Returns state, obs [B, N, O], reward [B, N] (change of utility), terminated [B], truncated [B] and info:
-        "valid_actions" [B, N, A], "planner_reward", "productivity" (everybody's coin), "equality" [B].
-        """
-        new = self.advance(state, action, noise, planner_action)
-        coin, truncated, reward = self.endowment(new), new.t >= self.horizon, (new.utility - state.utility).T
-        info = {"valid_actions": self.valid_actions(new), "planner_reward": new.welfare - state.welfare}
-        info |= {"productivity": total(coin), "equality": equality_of(coin)}
-        return new, self.observe(new), reward, torch.zeros_like(truncated), truncated, info
+    def valid_actions(self, state: State) -> Tensor:
+        """[B, N, A] bool: what `step` would not ignore. 0 does nothing, 1 builds; then come bids for stone at each
+        price, asks, the same for wood; then left, right, up, down, which fail if somebody else gets there first. (The
+        attribute `action_mask` only says which actions exist: all.)"""
+        build = self._can_build(state, self._at(state, state.position))  # [N, B]
+        slot = (state.side == 0).any(2)  # [R, N, B] is one free?
+        bids = slot[:, None] & (state.coin >= self.levels[:, None])  # [R, P, N, B]
+        asks = (slot & (state.goods > 0))[:, None].expand_as(bids)
+        target = state.position + self.steps  # [4, N, B]
+        taken = ((target[:, :, None] == state.position) & ~self.myself).any(2)
+        moves = self._enterable(state, target) & ~taken
+        nothing = torch.ones_like(build)
+        mask = torch.cat((nothing[None], build[None], bids[STONE], asks[STONE], bids[WOOD], asks[WOOD], moves))
+        return mask.permute(2, 1, 0)
 
-    def global_state(self, state: State) -> Tensor:
-        """[B, N O + G] for centralised critics: what everybody sees, the planner included."""
-        return torch.cat((self.observe(state).flatten(1), self.planner_obs(state)), 1)
+    def valid_rates(self, state: State) -> Tensor:
+        """[B, brackets, 1 + rates] bool: choice 0 keeps a rate, the others set it where a period starts."""
+        rate = torch.arange(-1, self.num_rates, dtype=torch.float64, device=self.device) * self.rate_step
+        starts = (state.t % self.period == 0) & (self.tax == "planner")
+        allowed = (rate <= self.rate_limit(state)[:, None]) & starts[:, None]
+        valid = (rate < 0) | allowed  # [B, 1 + rates]
+        return valid[:, None].expand(-1, len(self.cutoffs), -1)
+
+    # ------------------------------------------------------------------------------------------------------------ taxes
+
+    def rate_limit(self, state: State) -> Tensor:
+        """[B] float64: the highest tax rate so far in the annealing."""
+        if self.tax_warmup is None:
+            return torch.ones_like(state.t, dtype=torch.float64)
+        return (self.tax_slope * (state.completions.double() - self.tax_warmup)).clamp(0, 1)
+
+    def _saez_rates(self, state: State, starts: Tensor, limit: Tensor, uniform: Tensor) -> State:
+        """By Saez's formula where a period starts [B], or random until there are enough incomes; limit [B]."""
+        ready = state.pairs[1, -1] >= 0
+        estimate = estimate_elasticity(state.pairs, state.elasticity)
+        elasticity = estimate[0] if self.saez_elasticity is None else self.saez_elasticity
+        *_, rates = saez_schedule(state.pairs.double(), elasticity, self.cutoffs, self.saez_uniform)
+        rates = torch.where(ready, rates.clamp_min(0).minimum(limit), limit * uniform).to(self.dtype)
+        return replace(
+            state,
+            rates=torch.where(starts, rates, state.rates),
+            elasticity=torch.where(starts & ready, estimate, state.elasticity),
+        )
+
+    def escrow(self, state: State) -> tuple[Tensor, Tensor]:
+        """Coin [N, B] and goods [R, N, B] int32 that open orders set aside."""
+        coin = int_sum(torch.where(state.side == BID, state.price.int(), 0), (0, 2))
+        goods = int_sum(state.side == ASK, 2)
+        return coin, goods
+
+    def endowment(self, state: State) -> Tensor:
+        """[N, B] coin, what open bids set aside included."""
+        return state.coin + self.escrow(state)[0]
+
+    def income(self, state: State) -> Tensor:
+        """[N, B] coin since the last tax day."""
+        return self.endowment(state) - state.last_coin
+
+    def marginal_rate(self, rates: Tensor, income: Tensor) -> Tensor:
+        """[N, B] of the bracket with this income [N, B]; 0 below 0."""
+        inside = (income >= self.lower) & (income < self.upper)  # [brackets, N, B]
+        return torch.where(inside, rates[:, None], 0).sum(0)
+
+    def tax_due(self, rates: Tensor, income: Tensor) -> Tensor:
+        """[N, B] on incomes [N, B]."""
+        taxed = (income - self.lower).clamp_min(0).minimum(self.upper - self.lower)  # [brackets, N, B] coin
+        return total(rates[:, None] * taxed)
+
+    # ----------------------------------------------------------------------------------------------------------- reward
+
+    def labor_weight(self, state: State) -> Tensor | float:
+        """[B] what the labor coefficient is multiplied with."""
+        if not self.labor_constant:
+            return 1.0
+        n = state.worked if self.labor_schedule == "auto" else state.completions
+        return 1 - torch.exp(-n.to(self.dtype) / self.labor_constant)
+
+    def utility(self, coin: Tensor, labor: Tensor, weight: Tensor | float) -> Tensor:
+        """[N, B] of coin endowments and the labor of the episode [N, B]."""
+        power = torch.exp((1 - self.eta) * torch.log(coin))  # torch.pow rounds the end of a tensor in another way
+        return (power - 1) / (1 - self.eta) - weight * self.labor_coef * labor
+
+    def social_welfare(self, coin: Tensor, utility: Tensor) -> Tensor:
+        """[B] the planner's objective."""
+        if self.objective == "equality_productivity":
+            w = self.equality_weight
+            return (w * equality_of(coin) + 1 - w) * total(coin) / self.num_agents
+        weight = 1 / coin.clamp_min(1)
+        values = coin if self.objective == "inverse_income_coin" else utility
+        return total(weight / total(weight) * values)
+
+    # ---------------------------------------------------------------------------------------------------------- picture
 
     def render(self, state: State, index: int = 0, size: int = 400) -> np.ndarray:
         """[about 5/4 size, size, 3] uint8 picture of one environment: stone grey, wood green (pale: an empty source),
         water blue, agents as discs and their houses as squares; below, what each has."""
-        (H, L), W = self.size, self.window
-        cell = 3 * size // L  # drawn large and scaled down, which smooths
-        big, row = cell * L, 3 * size // 16
-        image = Image.new("RGB", (big, cell * H + row * (self.num_agents + 1)), GROUND[GRASS])
-        draw, font = ImageDraw.Draw(image), ImageFont.load_default(row * 0.55)
-        contents = state.tiles[:, index].view(-1, self.stride)[W : W + H, W : W + L].tolist()
-        for (r, line), c in itertools.product(enumerate(contents), range(L)):
-            x, y, code, rim = c * cell, r * cell, line[c], cell // 7
-            draw.rectangle((x, y, x + cell, y + cell), GROUND[min(code, HOUSE)])
+        rows, columns = self.size
+        W, N = self.window, self.num_agents
+        cell = 3 * size // columns  # drawn large and scaled down, which smooths
+        line = 3 * size // 16  # height of a line of text
+        width, height = cell * columns, cell * rows
+        image = Image.new("RGB", (width, height + line * (N + 1)), GROUND[GRASS])
+        draw = ImageDraw.Draw(image)
+        font = ImageFont.load_default(line * 0.55)
+
+        def box(row, column, rim=0):
+            x, y = column * cell, row * cell
+            return (x + rim, y + rim, x + cell - rim, y + cell - rim)
+
+        contents = state.tiles[:, index].view(-1, self.stride)[W : W + rows, W : W + columns].tolist()
+        for row, column in itertools.product(range(rows), range(columns)):
+            code = contents[row][column]
+            draw.rectangle(box(row, column), GROUND[min(code, HOUSE)])
             if code >= HOUSE:
-                house = (x + rim, y + rim, x + cell - rim, y + cell - rim)
-                draw.rectangle(house, COLOURS[(code - HOUSE) % len(COLOURS)])
-        place, (stone, wood) = self._place(state)[..., index].T.tolist(), state.goods[..., index].tolist()
-        coin, labor = (x[:, index].tolist() for x in (self.endowment(state), state.labor))
-        for i, (r, c) in enumerate(place):
-            colour, x, y, low = COLOURS[i % len(COLOURS)], c * cell, r * cell, cell * H + row * (i + 0.2)
-            draw.ellipse((x, y, x + cell, y + cell), colour, "black", width=row // 14)
-            draw.rectangle((row // 4, low, row, low + 0.6 * row), colour)
+                draw.rectangle(box(row, column, cell // 7), COLOURS[(code - HOUSE) % len(COLOURS)])
+        places = self._place(state)[..., index].T.tolist()
+        stone, wood = state.goods[..., index].tolist()
+        coin = self.endowment(state)[:, index].tolist()
+        labor = state.labor[:, index].tolist()
+        for i, (row, column) in enumerate(places):
+            colour = COLOURS[i % len(COLOURS)]
+            draw.ellipse(box(row, column), colour, "black", width=line // 14)
+            y = height + line * (i + 0.2)
+            draw.rectangle((line // 4, y, line, y + 0.6 * line), colour)
             words = f"{coin[i]:.0f} coin, {stone[i]} stone, {wood[i]} wood, {labor[i]:.0f} labor"
-            draw.text((1.3 * row, low), words, "black", font)
+            draw.text((1.3 * line, y), words, "black", font)
         rates = " ".join(f"{100 * rate:.0f}" for rate in state.rates[:, index].tolist())
-        words = f"step {state.t[index]}, taxes {rates} %"
-        draw.text((row // 4, cell * H + row * (self.num_agents + 0.1)), words, "black", font)
-        return np.asarray(image.resize((size, size * image.height // big), Image.Resampling.LANCZOS))
+        draw.text((line // 4, height + line * (N + 0.1)), f"step {state.t[index]}, taxes {rates} %", "black", font)
+        return np.asarray(image.resize((size, size * image.height // width), Image.Resampling.LANCZOS))
 
 
-SMALL = {"layout": tuple(TINY), "horizon": 100, "period": 20, "cutoffs": tuple(c / 5 for c in CUTOFFS)}
-TASKS = {"economy_v0": {}, "economy_tiny_v0": SMALL | {"regrowth": 0.03, "sight": 4, "window": 2}}
+# ------------------------------------------------------------------------------------------------------- Saez's formula
+
+
+def estimate_elasticity(pairs: Tensor, before: Tensor) -> Tensor:
+    """[2, B] elasticity of income and intercept: from pairs [2, M, B] (incomes, marginal rates) by regression of log
+    income on log(1 - rate), smoothed; as before where few incomes are positive or rates do not differ."""
+    income, rate = pairs
+    used = (income > 0) & (rate >= 0) & (rate < 1)
+    count = used.sum(0)
+
+    def mean(values):
+        return total(torch.where(used, values, 0)) / count.clamp_min(1)
+
+    x = torch.log((1 - rate).clamp_min(1e-9))
+    y = torch.log(income.clamp_min(1e-9))
+    mean_x, mean_y = mean(x), mean(y)
+    variance = mean((x - mean_x) ** 2)
+    slope = mean((x - mean_x) * (y - mean_y)) / torch.where(variance > 0, variance, 1)
+    elasticity = 0.02 * slope.relu() + 0.98 * before[0]
+    intercept = mean_y - slope * mean_x
+    rates_differ = mean((rate - mean(rate)) ** 2) >= 1e-12
+    return torch.where((count >= 10) & rates_differ, torch.stack((elasticity, intercept)), before)
+
+
+def saez_schedule(pairs: Tensor, elasticity: Tensor, cutoffs: Sequence[float], uniform=False, bins=100) -> list[Tensor]:
+    """Social weights g, Pareto parameters a and marginal rates (1 - g) / (1 - g + a elasticity) [bins + 1, B] each, of
+    `bins` equal bins up to the last cut-off and an open one, and mean rates [brackets, B], from pairs [2, M, B]: Saez
+    2001 as ai-economist discretises it, with social weights 1 / income or 1 (uniform)."""
+    income = pairs[0]
+    valid = pairs[1] >= 0
+    top = cutoffs[-1]
+    width = top / bins
+    edges = torch.arange(bins + 1, dtype=pairs.dtype, device=pairs.device) * width
+    middle = 0.5 * (edges[:-1] + edges[1:])[:, None]
+    index = income_bins(income, top, bins)
+    counts = index.new_zeros(bins + 2, index.shape[1], dtype=torch.int32)
+    counts = counts.scatter_add(0, index, valid.int()).to(pairs.dtype)
+    rich = valid & (index == bins + 1)
+
+    def social_weight(income):
+        return torch.ones_like(income) if uniform else 1 / income.clamp_min(1)
+
+    rich_weight = total(torch.where(rich, social_weight(income), 0))
+    weight = torch.cat((counts[1:-1] * social_weight(middle), rich_weight[None]))
+    share = weight / (total(weight) + counts[0] + 1e-9)  # incomes below 0 weigh 1
+    density = counts[1:] / counts.sum(0)
+    share_above, people_above = sum_upwards(torch.stack((share, density), 1)).unbind(1)
+    g = share_above / (people_above + 1e-9)
+    g = torch.cat((0.5 * (g[:-1] + g[1:]), g[-1:]))
+    above_middle = (people_above[1:] + 0.5 * density[:-1]).clamp(0, 1)
+    a = middle * density[:-1] / (above_middle + 1e-9) / width
+    rich_income = total(torch.where(rich, income, 0)) / counts[-1].clamp_min(1)
+    rich_a = torch.where(counts[-1] > 0, rich_income / (rich_income - top + 1e-9), 0)
+    a = torch.cat((a, rich_a[None]))
+    rate = (1 - g) / (1 - g + a * elasticity + 1e-9)
+    full = torch.cat((counts[1:-1], torch.ones_like(counts[:1]))) > 0
+    rate = fill_gaps(rate, full)
+    below = torch.stack([(cutoff - edges[:-1]).clamp(0, width) for cutoff in cutoffs])
+    overlap = below.diff(dim=0) / below.sum(1).diff()[:, None]  # [brackets - 1, bins] share of each bracket
+    brackets = torch.cat((total(overlap[..., None] * rate[:-1], 1), rate[-1:]))
+    return [g, torch.where(full, a, math.nan), rate, brackets]
+
+
+def income_bins(income: Tensor, top: float, bins: int) -> Tensor:
+    """int64 index of the bin of each income: 1 to `bins` of equal bins up to `top`, 0 below 0, bins + 1 above top.
+    torch.searchsorted is slow in compiled code."""
+    width = top / bins
+    index = (income / width).floor()
+    too_low = (income >= (index + 1) * width).to(income.dtype)
+    too_high = (income < index * width).to(income.dtype)
+    index = index + too_low - too_high
+    return torch.where(income > top, bins + 1, (index + 1).clamp(0, bins)).long()
+
+
+def sum_upwards(values: Tensor) -> Tensor:
+    """[bins + 1, ...] sums of each row and all above it, from the highest down: torch.cumsum is not deterministic on
+    GPUs, and near 0 / 0 the order matters."""
+    rows = itertools.accumulate(values.flip(0).unbind())
+    return torch.stack(list(rows)).flip(0)
+
+
+def fill_gaps(rate: Tensor, full: Tensor) -> Tensor:
+    """Rates [bins + 1, B] with those of bins that are not full on the line between their full neighbours; 0 to the left
+    of all bins. The last bin is full."""
+    last = len(rate) - 1
+    index = torch.arange(last + 1, dtype=torch.int32, device=rate.device)[:, None]
+    left = torch.where(full, index, -1).cummax(0).values
+    right = torch.where(full, index, last).flip(0).cummin(0).values.flip(0)
+    left_rate = torch.where(left < 0, 0, rate.gather(0, left.clamp_min(0).long()))
+    right_rate = rate.gather(0, right.long())
+    line = left_rate + (right_rate - left_rate) * ((index - left) / (right - left).clamp_min(1))
+    return torch.where(full, rate, line)
+
+
+# ------------------------------------------------------------------------------------------------------------ the tasks
+
+SMALL = {
+    "layout": tuple(TINY),
+    "horizon": 100,
+    "regrowth": 0.03,
+    "period": 20,
+    "cutoffs": tuple(cutoff / 5 for cutoff in CUTOFFS),
+    "sight": 4,
+    "window": 2,
+}
+TASKS = {"economy_v0": {}, "economy_tiny_v0": SMALL}
 
 
 def make(
@@ -733,32 +1029,88 @@ def make(
     dtype: torch.dtype = torch.float32,
     num_agents: int | None = None,
     continuous_actions: bool = False,
-    **fields,
+    **changes,
 ) -> Economy:
-    """`fields` are those of `Economy` by name. Actions are always discrete: continuous_actions, which other
+    """`changes` are fields of `Economy` by name. Actions are always discrete: continuous_actions, which other
     environments know, is ignored.
 
     Raises ValueError for an unknown task or field, or a value that is out of range."""
     if env_id not in TASKS:
         raise ValueError(f"env_id must be one of {', '.join(TASKS)}, got {env_id!r}")
-    known = [field.name for field in dataclasses.fields(Economy)[5:]]
-    for name in fields:
+    known = [field.name for field in fields(Economy)[5:]]
+    for name in changes:
         if name not in known:
             raise ValueError(f"fields of {env_id} are {', '.join(known)}, got {name!r}")
-    number = {} if num_agents is None else {"num_agents": num_agents}
-    return Economy(env_id, num_envs, device, dtype, **TASKS[env_id] | number | fields)
+    if num_agents is not None:
+        changes["num_agents"] = num_agents
+    return Economy(env_id, num_envs, device, dtype, **TASKS[env_id] | changes)
+
+
+COUNTS = "num_envs horizon max_price max_orders order_duration period saez_pairs sight window".split()
+LARGEST = {"num_agents": 120, "max_price": 126, "order_duration": 126, "sight": 100}  # for int8 and for packed numbers
+RANGES = {"eta": (0.9999, "between 0 and 0.999"), "regrowth": (1, "between 0 and 1")}  # of PER_ENV; else 0 or more
+
+
+def check(env: Economy):
+    """Raises ValueError for the first field that is out of range."""
+
+    def require(holds: bool, name: str, rule: str):
+        if not holds:
+            raise ValueError(f"{name} must be {rule}, got {getattr(env, name)!r}")
+
+    for name in COUNTS:
+        require(getattr(env, name) >= 1, name, "1 or more")
+    for name, most in LARGEST.items():
+        require(getattr(env, name) <= most, name, f"{most} or less")
+    for name in ("start_coin", "labor_constant", "tax_slope"):
+        require(0 <= getattr(env, name) < math.inf, name, "0 or more")
+    for name in ("history_decay", "equality_weight"):
+        require(0 <= getattr(env, name) <= 1, name, "between 0 and 1")
+    require(env.tax in TAXES, "tax", f"one of {', '.join(TAXES)}")
+    require(env.objective in OBJECTIVES, "objective", f"one of {', '.join(OBJECTIVES)}")
+    require(env.labor_schedule in ("auto", "decay"), "labor_schedule", "auto or decay")
+    symbols = "".join(env.layout)
+    even = len({len(row) for row in env.layout}) == 1
+    drawn = {"s", "w"} <= set(symbols) <= set(SYMBOLS)
+    require(even and drawn, "layout", "equally long rows of . ~ s w with an s and a w")
+    require(env.num_agents >= 2, "num_agents", "2 or more")
+    land = len(symbols) - symbols.count("~")
+    require(env.num_agents <= land, "num_agents", "no more than the tiles without water")
+    brackets = len(env.cutoffs)
+    rising = all(low < high < math.inf for low, high in itertools.pairwise(env.cutoffs))
+    require(brackets > 1 and env.cutoffs[0] == 0 and rising, "cutoffs", "two or more, rising from 0")
+    if env.tax == "us":
+        require(brackets == 7, "cutoffs", "7 for the US rates")
+    if env.tax == "fixed":
+        rates = env.fixed_rates
+        good = len(rates) == brackets and all(0 <= rate <= 1 for rate in rates)
+        require(good, "fixed_rates", f"{brackets} numbers between 0 and 1")
+    require(0 < env.rate_step <= 1, "rate_step", "above 0, at most 1")
+    require(math.isfinite(env.tax_warmup or 0.0), "tax_warmup", "None or finite")
+    require(0 <= (env.saez_elasticity or 0.0) < math.inf, "saez_elasticity", "None or 0 or more")
+    for name in PER_ENV:
+        value = torch.as_tensor(getattr(env, name))
+        if value.shape not in ((), (env.num_envs,)):
+            raise ValueError(f"{name} must be a number or [num_envs = {env.num_envs}], got {list(value.shape)}")
+        most, rule = RANGES.get(name, (1e9, "0 or more"))
+        require(bool(((value >= 0) & (value <= most)).all()), name, rule)
 
 
 def write_gif(env: Economy, path: str):
     """An episode of environment 0 with random valid actions of everybody, the planner too, in about 125 frames."""
-    generator, frames = torch.Generator().manual_seed(0), []
+    generator = torch.Generator().manual_seed(0)
+
+    def choose(mask):
+        uniform = torch.rand(mask.shape, generator=generator).to(env.device)
+        return torch.where(mask, uniform, -1).argmax(-1)
+
+    frames = []
     state, _ = env.reset([generator])
     for t in range(env.horizon):
         if t % max(1, env.horizon // 125) == 0:
             frames.append(Image.fromarray(env.render(state)))
-        masks = env.valid_actions(state), env.valid_rates(state)
-        uniform = (torch.rand(mask.shape, generator=generator).to(env.device) for mask in masks)
-        action, rates = (torch.where(mask, u, -1).argmax(-1) for mask, u in zip(masks, uniform))
+        action = choose(env.valid_actions(state))
+        rates = choose(env.valid_rates(state))
         state, *_ = env.step(state, action, env.draw([generator]), rates)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
 
@@ -789,9 +1141,9 @@ def main(
     size = sum(value.nbytes for value in vars(state).values()) // num_envs
     print(f"{env_id}, B = {num_envs}, {threads} threads, {size} bytes of state per environment")
     actions = [torch.randint(env.action_sizes[0], state.coin.T.shape, device=env.device) for _ in range(5)]
-    print_speed(dataclasses.replace(env, horizon=50), actions, seconds, compile)
+    print_speed(replace(env, horizon=50), actions, seconds, compile)
     if gif:
-        write_gif(dataclasses.replace(env, num_envs=1), gif)
+        write_gif(replace(env, num_envs=1), gif)
         print(f"wrote {gif}")
 
 

@@ -459,6 +459,7 @@ class ParticleEnv:
         matters = {"damping": self.anybody_moves, "mass": self.anybody_moves, "max_speed_scale": self.speed_limited}
         matters["contact_force"] = self.anybody_moves and task.collide
         self.dynamics = tuple(name for name, does in matters.items() if does)  # fields that change this task's motion
+        self.scenarios = {"agents": self.num_agents} if self.env_id == "simple_spread_v3" else {}
         self.discrete = not self.continuous_actions
         self.action_low, self.action_high = 0.0, 1.0
         self.action_sizes = tuple(self._action_size(role) for role in roles)
@@ -476,6 +477,11 @@ class ParticleEnv:
         for name in ("num_envs", "num_agents"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+
+    def scenario(self, name: str, value: int) -> "ParticleEnv":
+        """The task with `value` agents, so many environments that all have as many agents together as here."""
+        num_envs = max(1, self.num_envs * self.num_agents // value)
+        return dataclasses.replace(self, num_agents=value, num_envs=num_envs)
 
     def _action_size(self, role: Role) -> int:
         if self.discrete:

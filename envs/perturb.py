@@ -8,6 +8,7 @@ here: they are fields of the env.
 Axes: B environments, N agents, O observation entries, A action entries.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,22 @@ def draw(
     dtype = None if like is None else like.dtype
     blocks = [sampler(size // len(generators), *rest, generator=g, device=g.device, dtype=dtype) for g in generators]
     return torch.cat(blocks).to(None if like is None else like.device)
+
+
+def length(x: Tensor, norm: str) -> Tensor:
+    """[..., 1] the l2 or linf norm over the last axis."""
+    return torch.linalg.vector_norm(x, math.inf if norm == "linf" else 2, dim=-1, keepdim=True)
+
+
+def rescale(direction: Tensor, new_length: float, norm: str) -> Tensor:
+    return direction * (new_length / length(direction, norm).clamp_min(1e-12))
+
+
+def project(delta: Tensor, epsilon: float, norm: str) -> Tensor:
+    """Nearest point of the ball ||delta|| <= epsilon over the last axis."""
+    if norm == "linf":
+        return delta.clamp(-epsilon, epsilon)
+    return delta * (epsilon / length(delta, "l2").clamp_min(epsilon))
 
 
 def observation_noise(env, obs: Tensor, kind: str, strength: float, generators: list[torch.Generator]) -> Tensor:
@@ -46,8 +63,9 @@ def random_actions(env, generators: list[torch.Generator]) -> Tensor:
     sizes = torch.tensor(env.action_sizes, device=env.device)
     if env.discrete:
         # float64, so that the product stays below the number of actions
-        uniform = draw(torch.rand, (env.num_envs, env.num_agents), generators, torch.empty(0, dtype=torch.float64))
-        return (uniform.to(env.device) * sizes).long()
+        like = torch.empty(0, dtype=torch.float64, device=env.device)
+        uniform = draw(torch.rand, (env.num_envs, env.num_agents), generators, like)
+        return (uniform * sizes).long()
     width = max(env.action_sizes)
     like = torch.empty(0, dtype=env.dtype, device=env.device)
     uniform = draw(torch.rand, (env.num_envs, env.num_agents, width), generators, like)

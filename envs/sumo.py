@@ -62,7 +62,7 @@ def write_network(env: Traffic, folder: pathlib.Path) -> pathlib.Path:
     The speed limit is set later, as it may differ between environments."""
     import sumo
 
-    R, C, light, lengths = env.rows, env.cols, env.light.tolist(), env._lengths()
+    R, C, light, lengths = env.rows, env.cols, env.light.tolist(), env.edge_lengths
     place = {str(r * C + c): (c, r) for r in range(R) for c in range(C)}
     place |= {f"{name}{c}": (c, r) for c in range(C) for name, r in (("south", -1), ("north", R))}
     place |= {f"{name}{r}": (c, r) for r in range(R) for name, c in (("west", -1), ("east", C))}
@@ -108,8 +108,8 @@ def write_routes(env: Traffic, index: int, path: pathlib.Path):
     drivers = {key: value(name) for key, name in drivers.items()}
     model = {"krauss": "Krauss", "idm": "IDM"}[env.model]
     content = [("vType", {"id": "car", "length": env.car_length, "carFollowModel": model, "speedFactor": 1} | drivers)]
-    for k, count in enumerate(env.edge_counts):
-        content.append(("route", {"id": k, "edges": " ".join(f"{k}_{m}" for m in range(count))}))
+    for k, lengths in enumerate(env.edge_lengths):
+        content.append(("route", {"id": k, "edges": " ".join(f"{k}_{m}" for m in range(len(lengths)))}))
     for k in range(env.num_streets if env.initial_cars else 0):
         car = {"id": f"{k}.first", "type": "car", "route": k, "depart": 0, "departPos": INITIAL, "departSpeed": 0}
         content.append(("vehicle", car))
@@ -312,7 +312,7 @@ class SumoTraffic(Traffic):
             raise ValueError("SUMO is not running: call reset()")
         if state.position is not self.newest:
             raise ValueError("SUMO steps only from its newest state")
-        colours = self._incoming(aspect[:-1]).long().permute(2, 0, 1).cpu().numpy()  # [B, L, 4] from W, S, E, N
+        colours = self.approaches(aspect[:-1]).long().permute(2, 0, 1).cpu().numpy()  # [B, L, 4] from W, S, E, N
         answers = [torch.from_numpy(np.stack(part, -1)).to(self.device) for part in zip(*self._ask(list(colours)))]
         x, v, entered, left = answers
         after = entered.to(self.dtype).remainder(self.num_places)

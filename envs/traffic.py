@@ -45,18 +45,23 @@ FLOWS = {  # cars per hour at each entry; the paper's training flow and its tabl
     "flow4": (1000, 1200, 200, 200, 300, 300, 900, 900),
     "flow5": (300, 300, 900, 900, 700, 900, 10, 10),
 }
-TERMS = {"queue": -0.5, "wait": -0.5, "delay": -0.5, "emergency": -0.25, "switch": -1.0, "passed": 1.0}
+TERMS = {"queue": -0.5, "wait": -0.5, "delay": -0.5, "emergency": -0.25, "switch": -1.0, "passed": 1.0}  # of the reward
 FAR = 1e6  # position of an empty place: a leader there has no influence
 EPS = 1e-3  # SUMO's NUMERICAL_EPS
-DEPART, INITIAL = 5.1, 6.0  # where fronts of entering cars and of the first car of each street stand
-YELLOW, MIN_GREEN = 3, 1  # s; a switch is obeyed once `since` is MIN_GREEN, hence 2 s of green at least
-RED, AMBER, GREEN = 0, 1, 2
+DEPART = 5.1  # m, front of a car that enters
+INITIAL = 6.0  # m, front of the car that stands on each street at first
+YELLOW = 3  # s
+MIN_GREEN = 1  # s; a switch is obeyed once `since` is as much, hence 2 s of green at least
+RED = 0
+AMBER = 1
+GREEN = 2
 INSERTION_STEPS = 6  # of IDM's recursion for the speed of an entering car
 NEVER = 2**53  # ms between the cars of an entry without any
-PER_ENV = {  # fields that may be a value per environment, and whether they may be zero
-    **dict.fromkeys(("speed", "speed_limit", "accel", "decel", "emergency_decel", "tau"), False),
-    **dict.fromkeys(("sigma", "speed_dev", "min_gap"), True),
-}
+POSITIVE = ("speed", "speed_limit", "accel", "decel", "emergency_decel", "tau")
+PER_ENV = (*POSITIVE, "sigma", "speed_dev", "min_gap")  # fields that may be a value per environment
+HALF_JUNCTION = 0.09  # edges, in pictures
+LANE = 0.045  # edges, in pictures
+LAMPS = ((220, 40, 40), (250, 200, 40), (60, 220, 80))  # of RED, AMBER, GREEN
 
 
 @dataclasses.dataclass
@@ -78,14 +83,30 @@ class State:
     started: Tensor  # [K, B] int64, those of `entered` that did not come from the flow
 
 
-def pick(mask: Tensor, values: Tensor) -> Tensor:
-    """The one of `values` [M, K, N or 1, B or 1] whose mask [M, K, N, B] is true, or 0."""
-    return torch.where(mask, values, 0).sum(0)
+@dataclasses.dataclass
+class Occupancy:
+    """Which cars are where."""
+
+    rank: Tensor  # [K, N, B] order of entry in the street, N - 1 for the newest car
+    on_edge: Tensor  # [M + 1, K, N, B]
+    on_junction: Tensor  # [M, K, N, B] after each line
+    incoming: Tensor  # [M, K, N, B] on an edge that ends at a light
+    last: Tensor  # [M, K, B] rank of the newest car on the edge after each line, -1 where there is none
 
 
-def nearest(mask: Tensor, values: Tensor) -> Tensor:
-    """The same for positions, FAR instead of 0."""
-    return torch.where(mask, values, FAR).amin(0)
+def pick(mask: Tensor, values: Tensor, dim: int = 0) -> Tensor:
+    """The one of `values` whose mask [M, K, N, B] is true, or 0."""
+    return torch.where(mask, values, 0).sum(dim)
+
+
+def nearest(mask: Tensor, values: Tensor, dim: int = 0) -> Tensor:
+    """The smallest of the positions `values` whose mask [M, K, N, B] is true, or FAR."""
+    return torch.where(mask, values, FAR).amin(dim)
+
+
+def newest(mask: Tensor, rank: Tensor) -> Tensor:
+    """Rank of the newest car of each edge [M, K, N, B] -> [M, K, B], -1 where there is none."""
+    return torch.where(mask, rank, -1.0).amax(2)
 
 
 def count(mask: Tensor) -> Tensor:
@@ -142,286 +163,246 @@ class Traffic:
         self._check()
         for name in PER_ENV:
             value = torch.as_tensor(getattr(self, name))
-            self._set(**{name: value.to(self.device, self.dtype) if value.ndim else value.item()})
-        self._build()
+            value = value.to(self.device, self.dtype) if value.ndim else value.item()
+            self._set(**{name: value})
+        self._set(num_agents=self.rows * self.cols, num_streets=2 * (self.rows + self.cols))
+        self._build_streets()
+        self._build_lights()
+        self._build_cars()
 
-    def _set(self, **values):
-        for name, value in values.items():
-            object.__setattr__(self, name, value)  # frozen
+    # ---------------------------------------------------------------------------------------------------- step
 
-    def _check(self):
-        for name, rule, holds in (
-            *((name, "1 or more", getattr(self, name) >= 1) for name in ("num_envs", "rows", "cols", "horizon")),
-            ("warmup", "0 or more", self.warmup >= 0),
-            ("depart", "fixed or max", self.depart in ("fixed", "max")),
-            ("model", "idm or krauss", self.model in ("idm", "krauss")),
-            ("junction", "positive", 0 < self.junction < math.inf),
-            ("car_length", "positive", 0 < self.car_length < math.inf),
-            ("emergency_tolerance", "finite", math.isfinite(self.emergency_tolerance)),
-            ("capacity", "None or 2 or more", self.capacity is None or self.capacity >= 2),
-        ):
-            if not holds:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
-        for name, low in PER_ENV.items():
-            value = torch.as_tensor(getattr(self, name))
-            if value.shape not in ((), (self.num_envs,)):
-                raise ValueError(f"{name} must be a number or [num_envs = {self.num_envs}], got {list(value.shape)}")
-            if not bool((((value >= 0) if low else (value > 0)) & value.isfinite()).all()):
-                raise ValueError(f"{name} must be {'0 or more' if low else 'positive'}, got {getattr(self, name)}")
+    def reset(self, generators: list[torch.Generator], step: Callable | None = None) -> tuple[State, Tensor]:
+        """Generator k alone draws the k-th block of num_envs / len(generators) environments. Every tenth second of the
+        warm-up each light switches with probability 1/2, as in ERNIE's code; `step` may be a compiled one."""
+        if self.num_envs % len(generators):
+            raise ValueError(f"num_envs must be a multiple of the {len(generators)} generators, got {self.num_envs}")
+        step = step or self.step
+        state = self.make_state(torch.full((1, self.num_streets, 1), INITIAL) if self.initial_cars else None)
+        for t in range(self.warmup):
+            switch = self._block(torch.rand, generators, self.num_agents).T < 0.5
+            state, *_ = step(state, switch.long() * (t % 10 == 0), self.draw(generators))
+        return state, self.observe(state)
 
-    def _inflow(self) -> Tensor:
-        """[K, 1 or B] float64 cars per hour."""
-        if isinstance(self.flow, str) and self.flow not in FLOWS:
-            raise ValueError(f"flow must be one of {', '.join(FLOWS)} or numbers, got {self.flow!r}")
-        flow = torch.as_tensor(FLOWS[self.flow] if isinstance(self.flow, str) else self.flow).to("cpu", torch.float64)
-        flow = flow.expand(self.num_streets) if flow.ndim == 0 else flow
-        if flow.shape not in ((self.num_streets,), (self.num_envs, self.num_streets)):
-            raise ValueError(f"flow must have {self.num_streets} entries (or rows of them), got {list(flow.shape)}")
-        if not bool(((flow >= 0) & flow.isfinite()).all()):
-            raise ValueError(f"flow must be 0 or more, got {self.flow}")
-        return flow.reshape(-1, self.num_streets).T
+    def draw(self, generators: list[torch.Generator]) -> tuple[Tensor | None, Tensor | None] | None:
+        """The random numbers of one step: uniform [K, N, B] for dawdling, normal [K, B] for the speed factor of a car
+        that enters. IDM at a fixed entry speed needs none."""
+        if not (self.dawdles or self.spreads):
+            return None
+        dawdle = self._block(torch.rand, generators, self.num_streets, self.num_places) if self.dawdles else None
+        spread = self._block(torch.randn, generators, self.num_streets) if self.spreads else None
+        return dawdle, spread
 
-    def _lengths(self) -> list[list[float]]:
-        """The edges of each street, m."""
-        counts = [self.rows + 1] * 2 * self.cols + [self.cols + 1] * 2 * self.rows
-        if isinstance(self.lengths, (int, float)):
-            lengths = [[float(self.lengths)] * count for count in counts]
-        else:
-            lengths = [[float(edge) for edge in street] for street in self.lengths]
-        if [len(street) for street in lengths] != counts:
-            raise ValueError(f"lengths must be of {counts} edges per street, got {[len(s) for s in lengths]}")
-        short = self.car_length + INITIAL  # an entering car must fit
-        if not all(short <= edge < FAR / 10 for street in lengths for edge in street):
-            raise ValueError(f"lengths must be {short} m or more, got {self.lengths}")
-        return lengths
-
-    def _build(self):
-        R, C = self.rows, self.cols
-        L, K, M = R * C, 2 * (R + C), max(R, C)
-        self._set(num_agents=L, num_streets=K, agents=tuple(f"light_{i}" for i in range(L)))
-        lights = torch.arange(L).view(R, C)
-        chains = [*lights.flip(0).T, *lights.T, *lights, *lights.flip(1)]  # the lights of each street as it drives
-        lengths = self._lengths()
-        begin, end, line = torch.full((3, M + 1, K), -1.0, dtype=torch.float64)  # empty where a street is shorter
-        route, light = torch.zeros(K, dtype=torch.float64), torch.zeros(M + 1, K, dtype=torch.int64)
-        for k, (chain, edges) in enumerate(zip(chains, lengths)):
-            junctions = self.junction * torch.arange(len(edges), dtype=torch.float64)
-            stops = torch.tensor(edges, dtype=torch.float64).cumsum(0) + junctions
-            end[: len(edges), k], route[k] = stops, stops[-1]
-            line[: len(chain), k], begin[1 : len(edges), k] = stops[:-1], stops[:-1] + self.junction
-            light[: len(chain), k] = chain
-        # a street and its m-th light for each light's approaches from W, S, E, N
-        r, c = lights // C, lights % C
-        street = torch.stack((2 * C + r, C + c, 2 * C + R + r, c), -1)
-        order = torch.stack((c, r, C - 1 - c, R - 1 - r), -1)
-        inflow = self._inflow()
-        # SUMO rounds the time between cars to a millisecond
-        period = torch.where(inflow > 0, (3.6e6 / inflow).round(), NEVER).clamp_max(NEVER).to(torch.int64)
-
-        def to(tensor):
-            return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
-
-        room = self.car_length + torch.as_tensor(self.min_gap).min().item()
-        # cars stand before lights; on its last edge a car leaves the queue behind it at least as far again
-        most = 2 + max(math.ceil((sum(e) + self.junction * (len(e) - 1) - e[-1] / 2) / room) for e in lengths)
-        obs, places = 4 * 4 + 2 + 4, self.capacity or most
-        self._set(
-            num_places=places,
-            edge_counts=[len(edges) for edges in lengths],
-            obs_sizes=(obs,) * L,
-            action_sizes=(2,) * L,
-            obs_mask=torch.ones(L, obs, dtype=torch.bool, device=self.device),
-            action_mask=torch.ones(L, 2, dtype=torch.bool, device=self.device),
-            cooperators=torch.ones(L, dtype=torch.bool, device=self.device),
-            begin=to(begin[:, :, None, None]),  # [M + 1, K, 1, 1] where each edge begins
-            end=to(end[:, :, None, None]),  # [M + 1, K, 1, 1] and ends
-            line=to(line[:-1, :, None, None]),  # [M, K, 1, 1] stop lines
-            signalled=(line[:, :, None] > 0).to(self.device),  # [M + 1, K, 1]
-            previous=to(F.pad(line[:-2], (0, 0, 1, 0), value=-1.0)[:, :, None, None]),  # the stop lines before
-            following=to(line[1:, :, None, None]),  # and those after
-            exit=to(route[:, None, None]),  # [K, 1, 1]
-            light=to(light),  # [M + 1, K] index of the light at the end of each edge
-            axis=to(torch.arange(K) >= 2 * C).long(),  # [K] 0: north-south, 1: east-west
-            approach=to((order * K + street).view(L, 4)),  # [L, 4] index into [M * K] lines
-            inflow=inflow.to(self.device),  # [K, 1 or B] cars per hour
-            period=to(period),  # [K, 1 or B] ms
-            place=to(torch.arange(places).double()[:, None]),  # [N, 1]
-            dawdles=self.model == "krauss" and bool((torch.as_tensor(self.sigma) > 0).any()),
-            spreads=self.depart == "max" and bool((torch.as_tensor(self.speed_dev) > 0).any()),
-            hot=to(F.one_hot(torch.arange(L) % 4, 4).double())[..., None],  # [L, 4, 1] ERNIE tiles 4 trained agents
-        )
-
-    # ------------------------------------------------------------------------------------------ car-following
-
-    def brake_distance(self, v: Tensor) -> Tensor:
-        """MSCFModel::brakeGapEuler without headway."""
-        k = (v / self.decel).floor()
-        return k * v - 0.5 * self.decel * k * (k + 1)
-
-    def stop_speed(self, gap: Tensor, tau: float | Tensor = 1.0) -> Tensor:
-        """MSCFModel::maximumSafeStopSpeedEuler: the speed from which braking, begun in a second, ends within `gap`."""
-        g, b = (gap - EPS).relu(), self.decel
-        n = (0.5 - tau + 0.5 * (1 + 4 * (2 * g / b - tau + tau**2)).sqrt()).floor()
-        speed = n * b + (g - 0.5 * b * n * (n - 1) - n * b * tau) / (n + tau)
-        return torch.where(gap < EPS, 0, speed)
-
-    def krauss_follow(self, v: Tensor, gap: Tensor, v_leader: Tensor) -> Tensor:
-        """MSCFModel::maximumSafeFollowSpeed with calculateEmergencyDeceleration."""
-        b = self.decel
-        w = self.stop_speed(gap + self.brake_distance(v_leader), self.tau)
-        closing = 0.5 * v**2 / (gap + v_leader**2 / (2 * b))
-        need = torch.where(closing <= b, closing, 0.5 * (v**2 - v_leader**2) / gap)
-        need = torch.where(gap <= 0, self.emergency_decel, need)
-        hard = (v - torch.minimum((1.2 * need).clamp_min(b), v - w)).relu()
-        return torch.where(v - w > b + EPS, hard, w)
-
-    def idm(self, v: Tensor, gap: Tensor, v_leader: Tensor | float, own: Tensor, standstill: float | Tensor) -> Tensor:
-        """MSCFModel_IDM::_v, four steps of 0.25 s; `gap` includes the standstill distance."""
-        closing, inverse = 0.5 / (self.accel * self.decel) ** 0.5, 1 / own
-        for _ in range(4):
-            s = standstill + (v * (self.tau + (v - v_leader) * closing)).relu()
-            gap = (gap - EPS).relu() + EPS  # compiled, half the instructions of clamp_min
-            v = (v + 0.25 * self.accel * (1 - ((v * inverse) ** 2) ** 2 - (s / gap) ** 2)).relu()
-            gap = gap - 0.25 * (v - v_leader).relu()
-        return v
-
-    def idm_stop(self, v: Tensor, gap: Tensor, own: Tensor) -> Tensor:
-        """MSCFModel_IDM::stopSpeed, no further than the gap."""
-        w = self.idm(v, gap, 0.0, own, 0.0)
-        w = torch.where((v < EPS) & (w < EPS), self.stop_speed(gap), w)
-        return torch.where(gap < 0.01, 0, torch.minimum(w, gap))
-
-    # ------------------------------------------------------------------------------------------------- dynamics
+    def _block(self, sample: Callable, generators: list[torch.Generator], *shape: int) -> Tensor:
+        """[*shape, B] whose k-th block of environments is drawn by generator k."""
+        size = self.num_envs // len(generators)
+        parts = [sample(*shape, size, generator=g, device=g.device, dtype=self.dtype) for g in generators]
+        return torch.cat(parts, -1).to(self.device)
 
     def make_state(self, position=None, speed=None, max_speed=None) -> State:
         """A state at t = 0 from arrays [B or 1, K, n <= N - 1] of cars, front first and NaN where there is none."""
-        K, N, B, dtype = self.num_streets, self.num_places, self.num_envs, self.dtype
-        position = torch.full((B, K, 0), math.nan) if position is None else torch.as_tensor(position)
-        if position.shape[-1] >= N:
-            raise ValueError(f"capacity must be above the {position.shape[-1]} cars of a street, got {N}")
+        shape = (self.num_envs, self.num_streets, self.num_places)
+        position = torch.empty(1, self.num_streets, 0) if position is None else torch.as_tensor(position)
+        n = position.shape[-1]
+        if n >= self.num_places:
+            raise ValueError(f"capacity must be above the {n} cars of a street, got {self.num_places}")
 
-        def rows(values, empty):  # [K, N, B]
-            values = torch.as_tensor(empty if values is None else values).to(self.device, dtype).expand(position.shape)
-            values = values.expand(B, -1, -1).permute(1, 2, 0)
-            return F.pad(torch.where(there, values, empty), (0, 0, 0, N - position.shape[-1]), value=empty).contiguous()
+        def places(values):
+            """[K, N, B], NaN where there is no car."""
+            padded = torch.full(shape, math.nan, dtype=self.dtype, device=self.device)
+            padded[..., :n] = torch.as_tensor(values)
+            return padded.permute(1, 2, 0).contiguous()
 
-        there = ~position.isnan().to(self.device).expand(B, -1, -1).permute(1, 2, 0)
-        number = there.sum(1)
-        x, v, legal = rows(position, FAR), rows(speed, 0.0), rows(None, math.inf)
-        legal = legal.clamp_max(self.speed).clamp_max(self.speed_limit)
-        top = legal if max_speed is None else torch.where(x < FAR, rows(max_speed, 1.0), legal)
-
-        def zeros(*shape, dtype=torch.int64):
-            return torch.zeros(*shape, B, dtype=dtype, device=self.device)
-
+        x = places(position)
+        there = ~x.isnan()
+        cars = there.sum(1)
+        limit = torch.full_like(x, math.inf).clamp_max(self.speed).clamp_max(self.speed_limit)
+        lights = cars.new_zeros(self.num_agents, self.num_envs)
         return State(
-            *(x, v, top, torch.zeros_like(x), number.to(dtype), number, zeros(K), zeros(K)),
-            *(zeros(self.num_agents), zeros(self.num_agents), zeros(self.num_agents, dtype=torch.bool)),
-            *(zeros(), number.clone()),
+            position=torch.where(there, x, FAR),
+            speed=torch.zeros_like(x) if speed is None else torch.where(there, places(speed), 0),
+            max_speed=limit if max_speed is None else torch.where(there, places(max_speed), limit),
+            waiting=torch.zeros_like(x),
+            tail=cars.to(self.dtype),
+            entered=cars,
+            left=torch.zeros_like(cars),
+            overflow=torch.zeros_like(cars),
+            direction=lights,
+            since=torch.zeros_like(lights),
+            yellow=torch.zeros_like(lights, dtype=torch.bool),
+            t=cars.new_zeros(self.num_envs),
+            started=cars.clone(),
         )
 
-    def _ahead(self, state: State, aspect: Tensor):
-        """What a car may meet beyond its stop line.
+    def step(self, state: State, action: Tensor, noise: tuple | None = None):
+        """action [B, L] int64: 0 keeps the lights, 1 switches them if they are neither yellow nor too young.
 
-        Returns each car's rank in its street [K, N, B], N - 1 for the newest; the rank below which the edge behind each
-        line has room for a car [M, K, B]; and for IDM the places (FAR where there is none) and speeds of the newest car
-        on each junction and on the edge behind it, [M, K, B] each.
-
-        MSVehicle::checkRewindLinkLanes, MSLane::getSpaceTillLastStanding: standing cars count where they are, cars on
-        the junction and moving ones behind the last standing one with their length and gap.
+        Returns state, obs [B, L, O], reward [B, L], terminated [B] (never), truncated [B] (at the horizon), info. Of
+        info, the TERMS of the reward are [B, L], weighted; the cars in the network, those that entered, left or found
+        no place in this second and those that wait outside are [B].
         """
-        x, v, N = state.position, state.speed, self.num_places
-        rank = self.place - state.tail[:, None]
-        rank = torch.where(rank < 0, rank + N, rank)  # [K, N, B], N - 1 for the newest car
-        on_edge = (x > self.begin) & (x <= self.end)  # [M + 1, K, N, B]
-        on_junction = (x > self.line) & (x <= self.begin[1:])  # [M, K, N, B]
-        first = torch.where(on_edge[:-1], rank, N).amin(2)  # [M, K, B]
-        on_edge = on_edge[1:]
-        standing = on_edge & (v < 0.1)
-        rear = torch.where(standing, x + v * self.tau, FAR).amin(2)
-        last_standing, last = (torch.where(mask, rank, -1.0).amax(2) for mask in (standing, on_edge))
-        begin, end = self.begin[1:, :, 0], self.end[1:, :, 0]
-        size = self.car_length + self.min_gap
-        free = torch.where(rear < FAR, rear - self.car_length - begin - size * (last - last_standing), FAR)
-        # where all move but the light is closed, they will stand
-        waits = (aspect[1:] < GREEN) & (rear >= FAR)
-        free = torch.where(waits, end - begin - size * count(on_edge), free) - size * count(on_junction)
-        admitted = first + free / size
-        if self.model == "krauss":  # there the nearest leader suffices
-            return rank, admitted, None
-        crossing = torch.where(on_junction, rank, -1.0).amax(2)
-        cars = []
-        for mask, newest in ((on_junction, crossing), (on_edge, last)):
-            speed = torch.where(mask & (rank == newest[:, :, None]), v, 0).sum(2)
-            cars.append((torch.where(mask, x, FAR).amin(2)[:, :, None], speed[:, :, None]))
-        return rank, admitted, cars
+        before, begins = self.signals(state, action)
+        state = self.advance(before, self.aspect(before), noise)
+        edges = self.edges(state)
+        info = self._reward_terms(before, state, edges, begins)
+        reward = sum(info.values())
+        for name in ("entered", "left", "overflow"):
+            info[name] = (getattr(state, name) - getattr(before, name)).sum(0)
+        info["backlog"] = self.backlog(state).sum(0)
+        info["vehicles"] = (state.entered - state.left).sum(0)
+        truncated = state.t >= self.horizon + self.warmup
+        return state, self._observe(state, edges), reward, torch.zeros_like(truncated), truncated, info
+
+    # -------------------------------------------------------------------------------------------------- lights
+
+    def signals(self, state: State, action: Tensor) -> tuple[State, Tensor]:
+        """The state with the lights of the coming second, and which of them [L, B] turn yellow in it; action [B, L]."""
+        since = state.since + 1
+        turns_green = state.yellow & (since >= YELLOW)
+        begins = ~state.yellow & (action.T.contiguous() == 1) & (state.since >= MIN_GREEN)
+        direction = torch.where(begins, 1 - state.direction, state.direction)
+        since = torch.where(turns_green | begins, 0, since)
+        yellow = (state.yellow & ~turns_green) | begins
+        return dataclasses.replace(state, direction=direction, since=since, yellow=yellow), begins
+
+    def aspect(self, state: State) -> Tensor:
+        """[M + 1, K, B] RED, AMBER or GREEN at the end of each edge, GREEN at exits. During yellow, `direction` is
+        already the next one."""
+        served = state.direction[self.light] == self.axis[:, None]
+        changing = state.yellow[self.light]
+        next_green = torch.where(changing, RED, GREEN)
+        next_red = torch.where(changing, AMBER, RED)
+        colour = torch.where(served, next_green, next_red)
+        return torch.where(self.signalled, colour, GREEN).to(self.dtype)
+
+    # ---------------------------------------------------------------------------------------------------- cars
+
+    def advance(self, state: State, aspect: Tensor, noise: tuple | None = None) -> State:
+        """One second of traffic under given lights: everything of a step but the signals. aspect [M + 1, K, B]: RED,
+        AMBER or GREEN at the end of each edge during that second."""
+        dawdle, spread = (None, None) if noise is None else noise
+        x, v = self.drive(state, aspect, dawdle)
+        # MSVehicle::hasArrived: a front within 0.1 m of the exit is through
+        x = torch.where(x > self.exit - 0.1, FAR, x)
+        v = torch.where(x < FAR, v, 0)
+        return self._enter(dataclasses.replace(state, position=x, speed=v), spread)
 
     def drive(self, state: State, aspect: Tensor, dawdle: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Positions and speeds [K, N, B] one second later, before cars leave and enter. aspect [M + 1, K, B]: RED,
-        AMBER or GREEN at the end of each edge during that second."""
-        x, v, own = state.position, state.speed, state.max_speed
-        rank, admitted, cars = self._ahead(state, aspect)
-        next_line = (x > self.previous) & (x <= self.line)  # [M, K, N, B], at most one of M
-        line = pick(next_line, self.line)
-        seen = torch.where(line > 0, line - x, FAR)
-        colour = torch.where(next_line, aspect[:-1, :, None], GREEN).amin(0)
-        red, amber = colour == RED, colour == AMBER
-        x_leader, v_leader = x.roll(1, 1), v.roll(1, 1)
-        brake = self.brake_distance(v)
-        can_stop = seen >= brake
-        # nobody enters a junction that he cannot leave behind those before him
-        on_edge = next_line & (x > self.begin[:-1])
-        blocked = (rank > nearest(on_edge, admitted[:, :, None]) - 1) & (seen >= brake + 0.1)
-        offset = torch.where(can_stop, (seen - brake).clamp(0.1, 1.0), 1.0)
-        # FAR where the car need not stop
-        to_line = torch.where(red | blocked | (amber & can_stop), (seen - offset).relu(), FAR)
-        gap = x_leader - self.car_length - self.min_gap - x
+        """Positions and speeds [K, N, B] one second later, before cars leave and enter."""
+        x, v = state.position, state.speed
+        occupancy = self._occupancy(state)
+        to_stop, barrier = self._stops(state, aspect, occupancy)
+        gap = x.roll(1, 1) - self.car_length - self.min_gap - x  # to the leader, beyond min_gap
         if self.model == "krauss":
-            safe = torch.minimum(self.krauss_follow(v, gap, v_leader), self.stop_speed(to_line))
+            safe = torch.minimum(self.krauss_follow(v, gap, v.roll(1, 1)), self.stop_speed(to_stop))
         else:
-            safe = self._idm_safe(state, aspect, on_edge, cars, to_line, gap, v_leader)
-        top = torch.minimum(torch.minimum(v + self.accel, own), safe)
-        low = torch.minimum((v - self.decel).relu(), torch.maximum(top, v - self.emergency_decel).relu())
+            safe = self._idm_safe(state, aspect, occupancy, gap, to_stop)
+        top = torch.minimum(torch.minimum(v + self.accel, state.max_speed), safe)
+        hardest = torch.maximum(top, v - self.emergency_decel).relu()
+        low = torch.minimum((v - self.decel).relu(), hardest)
         new = torch.maximum(low, top)
         if dawdle is not None:
             new = torch.maximum(new - self.sigma * dawdle * new.clamp_max(self.accel), low)
         new = torch.where(x < FAR, new, 0)
+        moved = x + new
+        return torch.minimum(moved, barrier), torch.where(moved > barrier, 0, new)
+
+    def _incoming(self, x: Tensor) -> Tensor:
+        """[M, K, N, B] cars at x on the edges that end at lights."""
+        return (x > self.begin[:-1]) & (x <= self.line)
+
+    def _occupancy(self, state: State) -> Occupancy:
+        x = state.position
+        rank = self.place - state.tail[:, None]
+        rank = torch.where(rank < 0, rank + self.num_places, rank)
+        on_edge = (x > self.begin) & (x <= self.end)
+        on_junction = (x > self.line) & (x <= self.begin[1:])
+        return Occupancy(rank, on_edge, on_junction, self._incoming(x), newest(on_edge[1:], rank))
+
+    def _stops(self, state: State, aspect: Tensor, occupancy: Occupancy) -> tuple[Tensor, Tensor]:
+        """How far each car may go to stop before its next line, FAR where it need not; and the red line that it
+        cannot pass, [K, N, B] each."""
+        x = state.position
+        next_line = (x > self.previous) & (x <= self.line)  # [M, K, N, B], at most one of M
+        line = pick(next_line, self.line)
+        colour = torch.where(next_line, aspect[:-1, :, None], GREEN).amin(0)
+        red = colour == RED
+        distance = torch.where(line > 0, line - x, FAR)
+        brake = self.brake_distance(state.speed)
+        can_stop = distance >= brake
+        # nobody enters a junction that he cannot leave behind those before him
+        admitted = nearest(occupancy.incoming, self._admitted(state, aspect, occupancy)[:, :, None])
+        blocked = (occupancy.rank > admitted - 1) & (distance >= brake + 0.1)
+        must_stop = red | blocked | ((colour == AMBER) & can_stop)
+        offset = torch.where(can_stop, (distance - brake).clamp(0.1, 1.0), 1.0)
+        to_stop = torch.where(must_stop, (distance - offset).relu(), FAR)
         # SUMO stops at the line, in no time, a car that could stop neither before it nor pass during yellow
-        moved, bound = x + new, torch.where(red, line, 2 * FAR)
-        return torch.minimum(moved, bound), torch.where(moved > bound, 0, new)
+        return to_stop, torch.where(red, line, 2 * FAR)
 
-    def _idm_safe(self, state: State, aspect: Tensor, on_edge, cars, to_line, gap, v_leader) -> Tensor:
-        """IDM obeys each of the cars and lights that SUMO looks ahead to, not the nearest alone: its leader, and past a
-        line that need not stop it, the newest car on the junction, the newest on the next edge and the next light."""
-        x, v, own = state.position, state.speed, state.max_speed
-        passes = to_line >= FAR
-        safe = self.idm(v, gap + self.min_gap, torch.where(gap > FAR / 2, own, v_leader), own, self.min_gap)
-        (x_cross, v_cross), (x_edge, v_edge) = cars
-        beyond = (x > self.begin[:-1]) & (x <= self.begin[1:])  # [M, K, N, B], an edge or the junction after it
-        for mask, position, speed in ((on_edge, x_cross, v_cross), (beyond, x_edge, v_edge)):
-            space = torch.where(passes, nearest(mask, position) - self.car_length - x, FAR)
-            far = self.idm(v, space, pick(mask, speed), own, self.min_gap)
-            safe = torch.minimum(safe, torch.where(space < FAR / 2, far, FAR))
-        closed = on_edge & (aspect[1:] < GREEN)[:, :, None]
-        space = torch.where(passes, nearest(closed, self.following) - x - 1, to_line)  # always enough to brake in
-        return torch.minimum(safe, self.idm_stop(v, space, own))
+    def _admitted(self, state: State, aspect: Tensor, occupancy: Occupancy) -> Tensor:
+        """[M, K, B] the rank below which the edge after each line has room for a car.
 
-    def _entering(self, x_last: Tensor, v_last: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """May a car enter behind the last one, and how fast: [K, B] each (MSLane::isInsertionSuccess)."""
+        MSVehicle::checkRewindLinkLanes, MSLane::getSpaceTillLastStanding: standing cars count where they are, cars on
+        the junction and moving ones behind the last standing one with their length and gap.
+        """
+        v = state.speed
+        on_edge = occupancy.on_edge[1:]
+        begin = self.begin[1:, :, 0]
+        size = self.car_length + self.min_gap
+        standing = on_edge & (v < 0.1)
+        rear = nearest(standing, state.position + v * self.tau, 2)
+        moving = occupancy.last - newest(standing, occupancy.rank)  # cars behind the last standing one
+        free = torch.where(rear < FAR, rear - self.car_length - begin - size * moving, FAR)
+        # where all move but the light is closed, they will stand
+        will_stand = (aspect[1:] < GREEN) & (rear >= FAR)
+        free = torch.where(will_stand, self.end[1:, :, 0] - begin - size * count(on_edge), free)
+        free = free - size * count(occupancy.on_junction)
+        first = torch.where(occupancy.on_edge[:-1], occupancy.rank, self.num_places).amin(2)
+        return first + free / size
+
+    def _enter(self, state: State, spread: Tensor | None) -> State:
+        """At most one car enters each street, at its tail, and the second is over."""
+        x, tail = state.position, state.tail
+        last_place = self.num_places - 1
+        inside = torch.where(x < FAR, 1.0, 0.0).sum(1)  # [K, B]
+        safe, speed, max_speed = self._entry(state, spread)
+        wants = safe & (self.due(state.t) > state.entered - state.started)
+        # an empty place parts the last car from the first; floats, since compiled code reads masks slowly from memory
+        enters = torch.where(wants & (inside < last_place), 1.0, 0.0)
+        new = self.place == torch.where(enters > 0, tail, -1.0)[:, None]  # [K, N, B]
+        v = torch.where(new, speed[:, None], state.speed)
+        after = torch.where(tail == last_place, 0, tail + 1)
+        return dataclasses.replace(
+            state,
+            position=torch.where(new, DEPART, x),
+            speed=v,
+            max_speed=torch.where(new, max_speed[:, None], state.max_speed),
+            waiting=torch.where(v <= 0.1, torch.where(new, 0, state.waiting) + 1, 0),
+            tail=torch.where(enters > 0, after, tail),
+            entered=state.entered + enters.long(),
+            left=state.entered - inside.long(),
+            overflow=state.overflow + (wants & (inside >= last_place)),
+            t=state.t + 1,
+        )
+
+    def _entry(self, state: State, spread: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """MSLane::isInsertionSuccess: may a car enter behind the last one, how fast, and its own limit, [K, B] each."""
+        # reductions, where a gather would be recomputed for every place of the street once compiled
+        x_last = state.position.amin(1)
+        last = torch.where(state.tail == 0, self.num_places - 1, state.tail - 1)
+        v_last = pick(self.place == last[:, None], state.speed, 1)
+        own = torch.zeros_like(x_last) + self.speed
+        if self.depart == "max":  # "fixed": SUMO raises the driver's factor until the speed is legal
+            factor = 1.0 if spread is None else (1 + self.speed_dev * spread).clamp(0.2, 2.0)
+            own = own.clamp_max(self.speed_limit * factor)
         gap = x_last - self.car_length - self.min_gap - DEPART
         if self.model == "krauss":
             fast = self.stop_speed(gap + self.brake_distance(v_last), self.tau)
-        else:  # MSCFModel_IDM::insertionFollowSpeed, a recursion that ends after few steps
-            fast, settled, root = own, gap < 0, 2 * (self.accel * self.decel) ** 0.5
-            slower = self.idm(fast, gap + self.min_gap, v_last, own, self.min_gap)
-            for _ in range(INSERTION_STEPS):
-                settled = settled | (gap >= (fast * self.tau + fast * (fast - v_last) / root).relu())
-                fast = torch.where(settled, fast, slower)
-                again = self.idm(fast, gap + self.min_gap, v_last, own, self.min_gap)
-                settled, slower = settled | (fast - again < 1), again
+        else:
+            fast = self._idm_entry_speed(gap, v_last, own)
         if self.depart == "fixed":
-            return (gap >= 0) & (fast >= own), own
-        return gap >= 0, torch.minimum(fast, own)
+            return (gap >= 0) & (fast >= own), own, own
+        return gap >= 0, torch.minimum(fast, own), own
 
     def due(self, t: Tensor) -> Tensor:
         """[K, B] cars that the flow has brought to each entry by time t [B]; the first comes at 0."""
@@ -431,183 +412,320 @@ class Traffic:
         """[K, B] cars due in the last second or before that wait outside."""
         return self.due(state.t - 1) * (state.t > 0) - (state.entered - state.started)
 
-    def advance(self, state: State, aspect: Tensor, noise=None) -> State:
-        """One second of traffic under given lights: everything of a step but the signals."""
-        dawdle, spread = (None, None) if noise is None else noise
-        x, v = self.drive(state, aspect, dawdle)
-        N = self.num_places
-        # MSVehicle::hasArrived: a front within 0.1 m of the exit is through
-        x = torch.where(x > self.exit - 0.1, FAR, x)
-        v = torch.where(x < FAR, v, 0)
-        tail = state.tail
-        last, after = torch.where(tail == 0, N - 1, tail - 1), torch.where(tail == N - 1, 0, tail + 1)
-        # reductions, where a gather would be recomputed for every place of the street once compiled
-        x_last = x.amin(1)
-        v_last = torch.where(self.place == last[:, None], v, 0).sum(1)
-        inside = torch.where(x < FAR, 1.0, 0.0).sum(1)
-        own = torch.zeros_like(x_last) + self.speed  # [K, B]
-        if self.depart == "max":  # "fixed": SUMO raises the driver's factor until the speed is legal
-            factor = 1.0 if spread is None else (1 + self.speed_dev * spread).clamp(0.2, 2.0)
-            own = torch.minimum(own, torch.zeros_like(own) + self.speed_limit * factor)
-        safe, entry_speed = self._entering(x_last, v_last, own)
-        wants = safe & (self.due(state.t) > state.entered - state.started)
-        # an empty place parts the last car from the first; floats, since compiled code reads masks slowly from memory
-        enters = torch.where(wants & (inside < N - 1), 1.0, 0.0)
-        new = self.place == torch.where(enters > 0, tail, -1.0)[:, None]  # [K, N, B]
-        v = torch.where(new, entry_speed[:, None], v)
-        return dataclasses.replace(
-            state,
-            position=torch.where(new, DEPART, x),
-            speed=v,
-            max_speed=torch.where(new, own[:, None], state.max_speed),
-            waiting=torch.where(v <= 0.1, torch.where(new, 0, state.waiting) + 1, 0),
-            tail=torch.where(enters > 0, after, tail),
-            entered=state.entered + enters.long(),
-            left=state.entered - inside.long(),
-            overflow=state.overflow + (wants & (inside >= N - 1)),
-            t=state.t + 1,
-        )
+    # ------------------------------------------------------------------------------------------- car-following
 
-    def signals(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The lights of the coming second, and which of them [L, B] turn yellow in it; action [B, L]."""
-        since = state.since + 1
-        green = state.yellow & (since >= YELLOW)
-        begins = ~state.yellow & (action.T.contiguous() == 1) & (state.since >= MIN_GREEN)
-        direction = torch.where(begins, 1 - state.direction, state.direction)
-        since = torch.where(green | begins, 0, since)
-        return {"direction": direction, "since": since, "yellow": (state.yellow & ~green) | begins}, begins
+    def brake_distance(self, v: Tensor) -> Tensor:
+        """MSCFModel::brakeGapEuler without headway."""
+        k = (v / self.decel).floor()
+        return k * v - 0.5 * self.decel * k * (k + 1)
 
-    def aspect(self, direction: Tensor, since: Tensor, yellow: Tensor) -> Tensor:
-        """[M + 1, K, B] RED, AMBER or GREEN at the end of each edge, GREEN at exits. During yellow, `direction` is
-        already the next one."""
-        served = direction[self.light] == self.axis[:, None]
-        amber = yellow[self.light]
-        aspect = torch.where(served, torch.where(amber, RED, GREEN), torch.where(amber, AMBER, RED))
-        return torch.where(self.signalled, aspect, GREEN).to(self.dtype)
+    def stop_speed(self, gap: Tensor, tau: float | Tensor = 1.0) -> Tensor:
+        """MSCFModel::maximumSafeStopSpeedEuler: the speed from which braking, begun in a second, ends within `gap`."""
+        g = (gap - EPS).relu()
+        b = self.decel
+        root = (1 + 4 * (2 * g / b - tau + tau**2)).sqrt()
+        n = (0.5 - tau + 0.5 * root).floor()
+        speed = n * b + (g - 0.5 * b * n * (n - 1) - n * b * tau) / (n + tau)
+        return torch.where(gap < EPS, 0, speed)
 
-    # ------------------------------------------------------------------------------------------------ interface
+    def krauss_follow(self, v: Tensor, gap: Tensor, v_leader: Tensor) -> Tensor:
+        """MSCFModel::maximumSafeFollowSpeed with calculateEmergencyDeceleration."""
+        b = self.decel
+        safe = self.stop_speed(gap + self.brake_distance(v_leader), self.tau)
+        needed = 0.5 * v**2 / (gap + v_leader**2 / (2 * b))
+        needed = torch.where(needed <= b, needed, 0.5 * (v**2 - v_leader**2) / gap)
+        needed = torch.where(gap <= 0, self.emergency_decel, needed)
+        braking = torch.minimum((1.2 * needed).clamp_min(b), v - safe)
+        return torch.where(v - safe > b + EPS, (v - braking).relu(), safe)
 
-    def reset(self, generators: list[torch.Generator], step: Callable | None = None) -> tuple[State, Tensor]:
-        """Generator k alone draws the k-th block of num_envs / len(generators) environments. Every tenth second of the
-        warm-up each light switches with probability 1/2, as in ERNIE's code; `step` may be a compiled one."""
-        if self.num_envs % len(generators):
-            raise ValueError(f"num_envs must be a multiple of the {len(generators)} generators, got {self.num_envs}")
-        position = torch.full((1, self.num_streets, 1), INITIAL) if self.initial_cars else None
-        state = self.make_state(position)
-        for t in range(self.warmup):
-            action = self._block(generators, lambda *size, **kw: torch.rand(*size, **kw) < 0.5, self.num_agents).T
-            state, *_ = (step or self.step)(state, action.long() * (t % 10 == 0), self.draw(generators))
-        return state, self.observe(state)
+    def idm(self, v: Tensor, gap: Tensor, v_leader: Tensor | float, own: Tensor, standstill: float | Tensor) -> Tensor:
+        """MSCFModel_IDM::_v, four steps of 0.25 s; `gap` includes the standstill distance."""
+        closing = 0.5 / (self.accel * self.decel) ** 0.5
+        inverse = 1 / own
+        for _ in range(4):
+            desired = standstill + (v * (self.tau + (v - v_leader) * closing)).relu()
+            gap = (gap - EPS).relu() + EPS  # compiled, half the instructions of clamp_min
+            v = (v + 0.25 * self.accel * (1 - ((v * inverse) ** 2) ** 2 - (desired / gap) ** 2)).relu()
+            gap = gap - 0.25 * (v - v_leader).relu()
+        return v
 
-    def _block(self, generators: list[torch.Generator], sample: Callable, *shape: int) -> Tensor:
-        """[*shape, B] whose k-th block of environments is drawn by generator k."""
-        size = self.num_envs // len(generators)
-        parts = [sample(*shape, size, generator=g, device=g.device, dtype=self.dtype) for g in generators]
-        return (torch.cat(parts, -1) if len(parts) > 1 else parts[0]).to(self.device)
+    def idm_stop(self, v: Tensor, gap: Tensor, own: Tensor) -> Tensor:
+        """MSCFModel_IDM::stopSpeed, no further than the gap."""
+        speed = self.idm(v, gap, 0.0, own, 0.0)
+        speed = torch.where((v < EPS) & (speed < EPS), self.stop_speed(gap), speed)
+        return torch.where(gap < 0.01, 0, torch.minimum(speed, gap))
 
-    def draw(self, generators: list[torch.Generator]) -> tuple[Tensor | None, Tensor | None] | None:
-        """The random numbers of one step: uniform [K, N, B] for dawdling, normal [K, B] for the speed factor of a car
-        that enters. IDM at a fixed entry speed needs none."""
-        dawdle = self._block(generators, torch.rand, self.num_streets, self.num_places) if self.dawdles else None
-        spread = self._block(generators, torch.randn, self.num_streets) if self.spreads else None
-        return None if dawdle is None and spread is None else (dawdle, spread)
+    def _idm_safe(self, state: State, aspect: Tensor, occupancy: Occupancy, gap: Tensor, to_stop: Tensor) -> Tensor:
+        """IDM obeys each of the cars and lights that SUMO looks ahead to, not the nearest alone: its leader, and past a
+        line that need not stop it, the newest car on the junction, the newest on the next edge and the next light."""
+        x, v = state.position, state.speed
+        own = state.max_speed
+        passes = to_stop >= FAR
 
-    def _incoming(self, values: Tensor) -> Tensor:
-        """[M, K, B] of the edges that end at lights -> [L, 4, B] of each light's, from W, S, E, N."""
-        return values.to(self.dtype).flatten(0, 1)[self.approach]
+        def behind(viewers, cars, last):
+            """Safe speed of `viewers` behind the one of `cars` [M, K, N, B] whose rank is `last` [M, K, B]."""
+            v_last = pick(cars & (occupancy.rank == last[:, :, None]), v, 2)
+            x_last = nearest(cars, x, 2)
+            gap = torch.where(passes, nearest(viewers, x_last[:, :, None]) - self.car_length - x, FAR)
+            speed = self.idm(v, gap, pick(viewers, v_last[:, :, None]), own, self.min_gap)
+            return torch.where(gap < FAR / 2, speed, FAR)
+
+        v_leader = torch.where(gap > FAR / 2, own, v.roll(1, 1))
+        safe = self.idm(v, gap + self.min_gap, v_leader, own, self.min_gap)
+        crossing = newest(occupancy.on_junction, occupancy.rank)
+        safe = torch.minimum(safe, behind(occupancy.incoming, occupancy.on_junction, crossing))
+        before_edge = (x > self.begin[:-1]) & (x <= self.begin[1:])  # [M, K, N, B], the junction there included
+        safe = torch.minimum(safe, behind(before_edge, occupancy.on_edge[1:], occupancy.last))
+        closed = occupancy.incoming & (aspect[1:] < GREEN)[:, :, None]
+        to_next = nearest(closed, self.following) - x - 1  # always enough to brake in
+        return torch.minimum(safe, self.idm_stop(v, torch.where(passes, to_next, to_stop), own))
+
+    def _idm_entry_speed(self, gap: Tensor, v_last: Tensor, own: Tensor) -> Tensor:
+        """MSCFModel_IDM::insertionFollowSpeed, a recursion that ends after few steps."""
+        root = 2 * (self.accel * self.decel) ** 0.5
+        speed = own
+        settled = gap < 0
+        slower = self.idm(speed, gap + self.min_gap, v_last, own, self.min_gap)
+        for _ in range(INSERTION_STEPS):
+            settled = settled | (gap >= (speed * self.tau + speed * (speed - v_last) / root).relu())
+            speed = torch.where(settled, speed, slower)
+            slower = self.idm(speed, gap + self.min_gap, v_last, own, self.min_gap)
+            settled = settled | (speed - slower < 1)
+        return speed
+
+    # ------------------------------------------------------------------------------ observations and rewards
 
     def edges(self, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queue (cars at 1 m/s or less), mean waiting time, delay (1 if empty) and number of cars, [M, K, B] each."""
         v = state.speed
-        on = (state.position > self.begin[:-1]) & (state.position <= self.line)  # [M, K, N, B]
-        cars = count(on)
-        wait = total(torch.where(on, state.waiting, 0)) / cars.clamp_min(1)
-        delay = 1 - total(torch.where(on, v, 0)) / (cars + 1e-5) / self.speed_limit
-        return count(on & (v <= 1)), wait, delay, cars
+        incoming = self._incoming(state.position)
+        cars = count(incoming)
+        queue = count(incoming & (v <= 1))
+        wait = total(torch.where(incoming, state.waiting, 0)) / cars.clamp_min(1)
+        delay = 1 - total(torch.where(incoming, v, 0)) / (cars + 1e-5) / self.speed_limit
+        return queue, wait, delay, cars
 
-    def _observe(self, state: State, edges: tuple[Tensor, ...]) -> Tensor:
-        lights = torch.stack((state.direction, state.since), 1).to(self.dtype)  # [L, 2, B]
-        hot = self.hot.expand(-1, -1, self.num_envs)
-        return torch.cat((*map(self._incoming, edges), lights, hot), 1).permute(2, 0, 1)
+    def approaches(self, values: Tensor) -> Tensor:
+        """[M, K, B] of the edges that end at lights -> [L, 4, B] of each light's, from W, S, E, N."""
+        return values.to(self.dtype).flatten(0, 1)[self.approach]
 
     def observe(self, state: State) -> Tensor:
         """[B, L, O]: of the incoming edges from W, S, E, N the queues, waiting times, delays and numbers of cars;
         direction of the light; seconds since it changed; its index modulo 4, one-hot. Nothing is normalised."""
         return self._observe(state, self.edges(state))
 
-    def step(self, state: State, action: Tensor, noise: tuple | None = None):
-        """action [B, L] int64: 0 keeps the lights, 1 switches them if they are neither yellow nor too young.
+    def _observe(self, state: State, edges: tuple[Tensor, ...]) -> Tensor:
+        lights = torch.stack((state.direction, state.since), 1).to(self.dtype)  # [L, 2, B]
+        index = self.one_hot.expand(-1, -1, self.num_envs)
+        return torch.cat((*map(self.approaches, edges), lights, index), 1).permute(2, 0, 1)
 
-        Returns state, obs [B, L, O], reward [B, L], terminated [B] (never), truncated [B] (at the horizon), info. Of
-        info, the TERMS of the reward are [B, L], weighted; the cars in the network, those that entered, left or found
-        no place in this second and those that wait outside are [B].
-        """
-        lights, begins = self.signals(state, action)
-        before, aspect = dataclasses.replace(state, **lights), self.aspect(**lights)
-        state = self.advance(before, aspect, noise)
-        edges = self.edges(state)
+    def _reward_terms(self, before: State, after: State, edges: tuple, begins: Tensor) -> dict[str, Tensor]:
+        """The weighted TERMS of the reward [B, L]."""
         queue, wait, delay, _ = edges
-        old, new, v = before.position, state.position, state.speed
-        on = (new > self.begin[:-1]) & (new <= self.line)  # [M, K, N, B]
-        brakes = v - before.speed <= -(self.decel + self.emergency_tolerance)
-        emergency = count(on & brakes)
-        passed = count((old > self.begin[:-1]) & (old <= self.line) & (new > self.line))
-        terms = {"queue": queue, "wait": wait, "delay": delay, "emergency": emergency, "passed": passed}
-        terms = {name: self._incoming(value).sum(1) for name, value in terms.items()}
+        incoming = self._incoming(after.position)
+        brakes = after.speed - before.speed <= -(self.decel + self.emergency_tolerance)
+        passed = self._incoming(before.position) & (after.position > self.line)
+        terms = {"queue": queue, "wait": wait, "delay": delay}
+        terms["emergency"] = count(incoming & brakes)
+        terms["passed"] = count(passed)
+        terms = {name: self.approaches(value).sum(1) for name, value in terms.items()}
         terms["switch"] = begins.to(self.dtype)
-        info = {name: (weight * terms[name]).T for name, weight in TERMS.items()}
-        reward = sum(info.values())
-        for name in ("entered", "left", "overflow"):
-            info[name] = (getattr(state, name) - getattr(before, name)).sum(0)
-        info["backlog"], info["vehicles"] = self.backlog(state).sum(0), (state.entered - state.left).sum(0)
-        truncated = state.t >= self.horizon + self.warmup
-        return state, self._observe(state, edges), reward, torch.zeros_like(truncated), truncated, info
+        return {name: (weight * terms[name]).T for name, weight in TERMS.items()}
 
     def global_state(self, state: State) -> Tensor:
         """[B, 18 L] for centralised critics: the first 17 observations of each light, then the ages of all lights."""
         obs = self.observe(state)
         return torch.cat((obs[..., :17].flatten(1), obs[..., 17]), 1)
 
+    def close(self):
+        """Nothing to stop here; SUMO has its processes."""
+
+    # ------------------------------------------------------------------------------------------------ pictures
+
     def render(self, state: State, index: int = 0, size: int = 400) -> np.ndarray:
         """[size, size, 3] uint8 picture of one environment, all edges drawn equally long: cars from red (standing) to
         green (at the speed limit), the colour of the light at each stop line, and how many cars wait outside."""
-        R, C, big = self.rows, self.cols, 3 * size  # drawn large and scaled down, which smooths
-        scale, half, lane = big / (max(R, C) + 1), 0.09, 0.045  # pixels per edge; half a junction, half a road
+        big = 3 * size  # drawn large and scaled down, which smooths
+        scale = big / (max(self.rows, self.cols) + 1)  # pixels per edge
         image = Image.new("RGB", (big, big), (70, 110, 75))
-        draw, font = ImageDraw.Draw(image), ImageFont.load_default(big // 35)
+        canvas = ImageDraw.Draw(image)
+        font = ImageFont.load_default(big // 35)
 
-        def point(k: int, driven: float, side: float = 1.0) -> tuple[float, float]:
-            """Pixel of a car of street k that has driven so many edges; 1.5 is halfway on the second one."""
-            edge = min(int(driven), edges[k] - 1)
-            along = edge - 1 + half + (driven - edge) * (1 - 2 * half)
-            forward = C <= k < 2 * C + R  # northwards or eastwards
-            along, aside = (along if forward else edges[k] - 2 - along), lane * side * (1 if forward else -1)
-            x, y = (k % C + aside, along) if k < 2 * C else (along, (k - 2 * C) % R - aside)
-            return big / 2 + scale * (x - (C - 1) / 2), big / 2 - scale * (y - (R - 1) / 2)
+        def pixel(street, driven, side=1.0):
+            x, y = self._drawn_at(street, driven, side)
+            return big / 2 + scale * (x - (self.cols - 1) / 2), big / 2 - scale * (y - (self.rows - 1) / 2)
 
-        def disc(place: tuple[float, float], radius: float, colour: tuple[int, int, int]):
-            x, y, r = *place, radius * scale
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+        def disc(place, radius, colour):
+            x, y = place
+            r = radius * scale
+            canvas.ellipse((x - r, y - r, x + r, y + r), fill=colour)
 
-        edges, (begin, end) = self.edge_counts, (bound[:, :, 0, 0].tolist() for bound in (self.begin, self.end))
-        for k in range(self.num_streets):
-            draw.line((*point(k, 0), *point(k, edges[k])), fill=(60, 60, 65), width=int(scale * lane * 2))
-        aspect = self.aspect(state.direction, state.since, state.yellow)[..., index].long().tolist()
+        for k, lengths in enumerate(self.edge_lengths):
+            canvas.line((pixel(k, 0), pixel(k, len(lengths))), fill=(60, 60, 65), width=int(scale * LANE * 2))
+        position = state.position[..., index]  # [K, N]
+        begin = self.begin[..., 0].double().clamp_min(0)
+        driven = ((position - begin) / (self.end[..., 0] - begin)).clamp(0, 1).sum(0)  # [K, N] edges
         limit = torch.as_tensor(self.speed_limit).expand(self.num_envs)[index].item()
-        for k in range(self.num_streets):
-            cars = zip(state.position[k, :, index].tolist(), state.speed[k, :, index].tolist())
-            for x, v in (car for car in cars if car[0] < FAR):
-                e = sum(x > end[m][k] for m in range(edges[k] - 1))
-                first, share = max(begin[e][k], 0.0), min(v / limit, 1.0)
-                driven = e + min(max((x - first) / (end[e][k] - first), 0.0), 1.0)
-                disc(point(k, driven), 0.02, (round(235 * (1 - share)) + 20, round(200 * share) + 40, 60))
-            for m in range(edges[k] - 1):
-                disc(point(k, m + 1 - 1e-9, 2.2), 0.022, ((220, 40, 40), (250, 200, 40), (60, 220, 80))[aspect[m][k]])
-            waiting = self.backlog(state)[k, index].item()
-            if waiting:
-                draw.text(point(k, 0.08, 3.0), f"+{waiting}", "white", font, anchor="mm")
-        draw.text((big * 0.01, big * 0.01), f"{int(state.t[index])} s", "white", font)
+        aspect = self.aspect(state)[..., index].long().tolist()
+        backlog = self.backlog(state)[:, index].tolist()
+        for k, lengths in enumerate(self.edge_lengths):
+            there = position[k] < FAR
+            for d, v in zip(driven[k][there].tolist(), state.speed[k, there, index].tolist()):
+                share = min(v / limit, 1.0)
+                disc(pixel(k, d), 0.02, (round(235 * (1 - share)) + 20, round(200 * share) + 40, 60))
+            for m in range(len(lengths) - 1):
+                disc(pixel(k, m + 1 - 1e-9, 2.2), 0.022, LAMPS[aspect[m][k]])
+            if backlog[k]:
+                canvas.text(pixel(k, 0.08, 3.0), f"+{backlog[k]}", "white", font, anchor="mm")
+        canvas.text((big * 0.01, big * 0.01), f"{int(state.t[index])} s", "white", font)
         return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))
+
+    def _drawn_at(self, street: int, driven: float, side: float) -> tuple[float, float]:
+        """Where a car is drawn that has driven so many edges (1.5: halfway on the second one), in edges from the first
+        light, `side` lanes to the right of the middle of the road."""
+        R, C = self.rows, self.cols
+        num_edges = len(self.edge_lengths[street])
+        edge = min(int(driven), num_edges - 1)
+        along = edge - 1 + HALF_JUNCTION + (driven - edge) * (1 - 2 * HALF_JUNCTION)
+        aside = LANE * side
+        if not C <= street < 2 * C + R:  # southwards or westwards
+            along = num_edges - 2 - along
+            aside = -aside
+        if street < 2 * C:
+            return street % C + aside, along
+        return along, (street - 2 * C) % R - aside
+
+    # ---------------------------------------------------------------------------------- constants and validation
+
+    def _set(self, **values):
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # frozen
+
+    def _build_streets(self):
+        """Edges and lines of each street, -1 in [M, K] tensors where a street is shorter than the longest."""
+        R, C = self.rows, self.cols
+        K = self.num_streets
+        edge_lengths = self._edge_lengths()
+        lights = torch.arange(R * C).view(R, C)
+        chains = [*lights.flip(0).T, *lights.T, *lights, *lights.flip(1)]  # the lights of each street as it drives
+        begin = torch.full((max(R, C) + 1, K), -1.0, dtype=torch.float64)
+        end = begin.clone()
+        light = torch.zeros_like(begin, dtype=torch.int64)
+        for k, (chain, lengths) in enumerate(zip(chains, edge_lengths)):
+            n = len(lengths)
+            junctions = self.junction * torch.arange(n, dtype=torch.float64)
+            end[:n, k] = torch.tensor(lengths, dtype=torch.float64).cumsum(0) + junctions
+            begin[1:n, k] = end[: n - 1, k] + self.junction
+            light[: n - 1, k] = chain
+        signalled = F.pad(begin[1:] > 0, (0, 0, 0, 1))  # another edge follows
+        line = torch.where(signalled, end, -1.0)
+
+        def beside_cars(values):
+            return values.to(self.device, self.dtype)[..., None, None]
+
+        self._set(
+            edge_lengths=edge_lengths,
+            begin=beside_cars(begin),  # [M + 1, K, 1, 1] where each edge begins
+            end=beside_cars(end),  # [M + 1, K, 1, 1] and ends
+            line=beside_cars(line[:-1]),  # [M, K, 1, 1] stop lines
+            previous=beside_cars(F.pad(line[:-2], (0, 0, 1, 0), value=-1.0)),  # the stop lines before
+            following=beside_cars(line[1:]),  # and those after
+            exit=beside_cars(end.amax(0)),  # [K, 1, 1]
+            signalled=signalled[..., None].to(self.device),  # [M + 1, K, 1] does the edge end at a light?
+            light=light.to(self.device),  # [M + 1, K] index of that light
+            axis=(torch.arange(K, device=self.device) >= 2 * C).long(),  # [K] 0: north-south, 1: east-west
+        )
+
+    def _build_lights(self):
+        R, C = self.rows, self.cols
+        K, L = self.num_streets, self.num_agents
+        obs_size = 4 * 4 + 2 + 4
+        everyone = torch.ones(L, dtype=torch.bool, device=self.device)
+        lights = torch.arange(L, device=self.device)
+        r, c = lights // C, lights % C
+        # the m-th line of street k has index m K + k; streets as in `flow`
+        west = c * K + 2 * C + r
+        south = r * K + C + c
+        east = (C - 1 - c) * K + 2 * C + R + r
+        north = (R - 1 - r) * K + c
+        self._set(
+            agents=tuple(f"light_{i}" for i in range(L)),
+            obs_sizes=(obs_size,) * L,
+            action_sizes=(2,) * L,
+            obs_mask=everyone[:, None].repeat(1, obs_size),
+            action_mask=everyone[:, None].repeat(1, 2),
+            cooperators=everyone,
+            approach=torch.stack((west, south, east, north), 1),  # [L, 4] index of the line from where cars come
+            one_hot=F.one_hot(lights % 4, 4).to(self.dtype)[..., None],  # [L, 4, 1] ERNIE tiles 4 trained agents
+        )
+
+    def _build_cars(self):
+        # cars stand before lights; on its last edge a car leaves the queue behind it at least as far again
+        queues = [sum(edges) + self.junction * (len(edges) - 1) - edges[-1] / 2 for edges in self.edge_lengths]
+        room = self.car_length + torch.as_tensor(self.min_gap).min().item()
+        num_places = self.capacity or 2 + math.ceil(max(queues) / room)
+        inflow = self._inflow()
+        # SUMO rounds the time between cars to a millisecond; without cars it is infinite here
+        period = (3.6e6 / inflow).round().clamp_max(NEVER)
+        self._set(
+            inflow=inflow.to(self.device),  # [K, 1 or B] cars per hour
+            period=period.to(self.device, torch.int64),  # [K, 1 or B] ms
+            num_places=num_places,  # N
+            place=torch.arange(num_places, dtype=self.dtype, device=self.device)[:, None],  # [N, 1]
+            dawdles=self.model == "krauss" and bool(torch.as_tensor(self.sigma).any()),
+            spreads=self.depart == "max" and bool(torch.as_tensor(self.speed_dev).any()),
+        )
+
+    def _edge_lengths(self) -> list[list[float]]:
+        """The edges of each street, m."""
+        counts = [self.rows + 1] * 2 * self.cols + [self.cols + 1] * 2 * self.rows
+        lengths = self.lengths
+        if isinstance(lengths, (int, float)):
+            lengths = [[lengths] * count for count in counts]
+        lengths = [[float(edge) for edge in street] for street in lengths]
+        if [len(street) for street in lengths] != counts:
+            raise ValueError(f"lengths must be of {counts} edges per street, got {[len(s) for s in lengths]}")
+        short = self.car_length + INITIAL  # an entering car must fit
+        fits = all(short <= edge < FAR / 10 for street in lengths for edge in street)
+        self._require("lengths", f"{short} m or more", fits)
+        return lengths
+
+    def _inflow(self) -> Tensor:
+        """[K, 1 or B] float64 cars per hour."""
+        K, flow = self.num_streets, self.flow
+        if isinstance(flow, str):
+            if flow not in FLOWS:
+                raise ValueError(f"flow must be one of {', '.join(FLOWS)} or numbers, got {flow!r}")
+            flow = FLOWS[flow]
+        flow = torch.as_tensor(flow).to("cpu", torch.float64)
+        if flow.ndim == 0:
+            flow = flow.expand(K)
+        if flow.shape not in ((K,), (self.num_envs, K)):
+            raise ValueError(f"flow must have {K} entries (or rows of them), got {list(flow.shape)}")
+        self._require("flow", "0 or more", bool(((flow >= 0) & flow.isfinite()).all()))
+        return flow.reshape(-1, K).T
+
+    def _check(self):
+        for name in ("num_envs", "rows", "cols", "horizon"):
+            self._require(name, "1 or more", getattr(self, name) >= 1)
+        self._require("warmup", "0 or more", self.warmup >= 0)
+        self._require("depart", "fixed or max", self.depart in ("fixed", "max"))
+        self._require("model", "idm or krauss", self.model in ("idm", "krauss"))
+        for name in ("junction", "car_length"):
+            self._require(name, "positive", 0 < getattr(self, name) < math.inf)
+        self._require("emergency_tolerance", "finite", math.isfinite(self.emergency_tolerance))
+        self._require("capacity", "None or 2 or more", self.capacity is None or self.capacity >= 2)
+        for name in PER_ENV:
+            value = torch.as_tensor(getattr(self, name))
+            if value.shape not in ((), (self.num_envs,)):
+                raise ValueError(f"{name} must be a number or [num_envs = {self.num_envs}], got {list(value.shape)}")
+            positive = name in POSITIVE
+            high_enough = value > 0 if positive else value >= 0
+            self._require(name, "positive" if positive else "0 or more", bool((high_enough & value.isfinite()).all()))
+
+    def _require(self, name: str, rule: str, holds: bool):
+        if not holds:
+            raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
 
 
 # ------------------------------------------------------------------------- controllers: (env, state) -> action [B, L]
@@ -624,13 +742,14 @@ def fixed_time(env: Traffic, state: State, green: int = 27, offset: int = 0) -> 
 
 def _switch_for(env: Traffic, state: State, demand: Tensor, min_green: int) -> Tensor:
     """Switch where the red axis has more demand [M, K, B] than the green one."""
-    west, south, east, north = env._incoming(demand).unbind(1)
+    west, south, east, north = env.approaches(demand).unbind(1)
     excess = (west + east - south - north) * torch.where(state.direction == 0, 1, -1)
     return ((excess > 0) & ~state.yellow & (state.since >= min_green - 1)).long().T
 
 
 def longest_queue(env: Traffic, state: State, min_green: int = 10) -> Tensor:
-    return _switch_for(env, state, env.edges(state)[0], min_green)
+    queue, *_ = env.edges(state)
+    return _switch_for(env, state, queue, min_green)
 
 
 def max_pressure(env: Traffic, state: State, min_green: int = 10) -> Tensor:
@@ -642,23 +761,79 @@ def max_pressure(env: Traffic, state: State, min_green: int = 10) -> Tensor:
 CONTROLLERS = {"fixed_time": fixed_time, "longest_queue": longest_queue, "max_pressure": max_pressure}
 
 
+# ------------------------------------------------------------------------------------ driving the lights of a batch
+
+
+def outcome(reward: Tensor, info: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a second, [B]: the reward of all lights and its terms, cars that left in a minute, cars that wait outside."""
+    outcomes = {"reward": reward.sum(1)}
+    for name in TERMS:
+        outcomes[name] = info[name].sum(1)
+    outcomes["left_per_minute"] = 60.0 * info["left"]
+    outcomes["backlog"] = 1.0 * info["backlog"]
+    return outcomes
+
+
+@torch.no_grad()
+def simulate(env: Traffic, step: Callable, control: Callable, generators: list[torch.Generator]) -> dict[str, Tensor]:
+    """Mean outcome of a second [B] over env.horizon seconds after the warm-up, with the lights in the hands of
+    control(state, obs) -> action [B, L]; `step` is env.step, or that compiled."""
+    state, obs = env.reset(generators, step)
+    sums: dict[str, Tensor] = {}
+    for _ in range(env.horizon):
+        state, obs, reward, _, _, info = step(state, control(state, obs), env.draw(generators))
+        for name, value in outcome(reward, info).items():
+            sums[name] = sums.get(name, 0.0) + value
+    return {name: value / env.horizon for name, value in sums.items()}
+
+
+def side_by_side(env: Traffic, points: Sequence[tuple], num_seeds: int) -> Traffic:
+    """The environments of `env` as [S, P, E], those of each of P points (name, strength) beside each other: at a point
+    "speed" cars drive so fast (m/s), at a point "flow" they come as FLOWS has it under that number, else as in env."""
+    if not any(name in ("speed", "flow") for name, _ in points):
+        return env
+    num_episodes = env.num_envs // (num_seeds * len(points))
+    own = env.inflow[:, 0].tolist()
+    speeds, flows = [], []
+    for name, strength in points:
+        speeds.append(strength if name == "speed" else env.speed)
+        flows.append(FLOWS[f"flow{strength}"] if name == "flow" else own)
+    speed, flow = (
+        torch.cat([torch.tensor(values).repeat_interleave(num_episodes, 0)] * num_seeds) for values in (speeds, flows)
+    )
+    return dataclasses.replace(env, speed=speed, flow=flow)
+
+
+def twins(env: Traffic, rows: int, cols: int) -> Tensor:
+    """[L] the lights of a rows x cols grid whose places the lights of `env` have, when it is tiled with such grids."""
+    light = torch.arange(env.num_agents, device=env.device)
+    return light // env.cols % rows * cols + light % env.cols % cols
+
+
+# --------------------------------------------------------------------------------------------------------------- tasks
+
+
 def lengths_of(nodes: list, south: list, north: list, west: list, east: list) -> tuple[tuple[float, ...], ...]:
     """Edge lengths of each street, from the places (x, y) of the lights [R][C] and of the ends of columns and rows."""
 
     def lengths(points):
         return tuple(math.dist(a, b) for a, b in zip(points, points[1:]))
 
-    columns = [lengths((s, *(row[c] for row in nodes), n)) for c, (s, n) in enumerate(zip(south, north))]
-    rows = [lengths((w, *row, e)) for row, w, e in zip(nodes, west, east)]
-    return (*(c[::-1] for c in columns), *columns, *rows, *(r[::-1] for r in rows))
+    northwards = [lengths(column) for column in zip(south, *nodes, north)]
+    eastwards = [lengths([w, *row, e]) for w, row, e in zip(west, nodes, east)]
+    southwards = [column[::-1] for column in northwards]
+    westwards = [row[::-1] for row in eastwards]
+    return (*southwards, *northwards, *eastwards, *westwards)
 
 
 # The drawn coordinates of ERNIE's CustomTrafficLightGridNetwork1 and 0 ("Atlanta"). Its code leaves all edges at 400 m
 # all the same; here, as in its paper, cars drive what is drawn.
 IRREGULAR = lengths_of(
     [[(0, 0), (300, 0)], [(0, 550), (300, 550)]],
-    *([(x, y) for x in (0, 300)] for y in (-300, 800)),
-    *([(x, y) for y in (0, 550)] for x in (-300, 600)),
+    south=[(0, -300), (300, -300)],
+    north=[(0, 800), (300, 800)],
+    west=[(-300, 0), (-300, 550)],
+    east=[(600, 0), (600, 550)],
 )
 ATLANTA = lengths_of(
     [
@@ -667,8 +842,10 @@ ATLANTA = lengths_of(
         [(130, 800), (390, 810), (700, 820), (1000, 830)],
         [(10, 1200), (360, 1150), (690, 1200), (990, 1230)],
     ],
-    *([(x, y) for x in (0, 300, 600, 800)] for y in (-400, 1400)),
-    *([(x, y) for y in (0, 400, 800, 1200)] for x in (-400, 1600)),
+    south=[(x, -400) for x in (0, 300, 600, 800)],
+    north=[(x, 1400) for x in (0, 300, 600, 800)],
+    west=[(-400, y) for y in (0, 400, 800, 1200)],
+    east=[(1600, y) for y in (0, 400, 800, 1200)],
 )
 TASKS = {
     "traffic_grid_v0": {},
@@ -707,7 +884,8 @@ def measure(step: Callable, env: Traffic, seconds: float) -> tuple[float, float,
     state, _ = env.reset([generator])
     for _ in range(200):
         state, *_ = step(state, fixed_time(env, state), env.draw([generator]))
-    steps, cars, start = 0, 0, time.perf_counter()
+    steps, cars = 0, 0
+    start = time.perf_counter()
     while time.perf_counter() - start < seconds:
         for _ in range(20):
             state, *_, info = step(state, fixed_time(env, state), env.draw([generator]))
@@ -760,7 +938,9 @@ def main(
     torch.set_num_threads(threads)
     env = make(env_id, num_envs, device, model=model, depart=depart, capacity=capacity)
     print(f"{env_id}, {model}, {num_envs} environments, {env.num_places} places per street, {threads} threads")
-    steps = {"eager": env.step} | ({"compiled": torch.compile(env.step, fullgraph=True)} if compile else {})
+    steps = {"eager": env.step}
+    if compile:
+        steps["compiled"] = torch.compile(env.step, fullgraph=True)
     for name, step in steps.items():
         rate, cars, overflow = measure(step, env, seconds)
         print(f"{name:8} {rate:12,.0f} env steps/s {cars:14,.0f} car updates/s, {overflow} without a place", flush=True)

@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import attack
 
+import envs
+
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -20,6 +22,7 @@ LIGHTS = (
 )
 RUNS = (  # script, flags of a short run
     ("ernie_maddpg", "--total-timesteps=2000 --learning-starts=1000 --hidden-size=16"),
+    ("baselines/rma3c", "--total-timesteps=2000 --learning-starts=1000 --hidden-size=16"),
     ("ernie_mappo", "--env-id=simple_adversary_v3 --num-envs=8 --total-timesteps=400 --num-minibatches=2"),
     ("ernie_coma", "--env-id=simple_spread_v3 --num-envs=8 --total-timesteps=800 --epsilon-units=raw"),
     ("ernie_meanfield", "--total-timesteps=2000 --learning-starts=1000 --hidden-size=16 --num-agents=4"),
@@ -32,56 +35,57 @@ SHORT = {"seconds": 20, "warmup": 10}  # of the lights' episodes
 @pytest.fixture(scope="module", params=RUNS, ids=[f"{script}-{k}" for k, (script, _) in enumerate(RUNS)])
 def run_dir(request, tmp_path_factory) -> Path:
     folder, (script, flags) = tmp_path_factory.mktemp("runs"), request.param
-    flags = [*flags.split(), "--num-seeds=2", "--eval-episodes=2", "--no-track", f"--runs-dir={folder}"]
+    flags = [*flags.split(), "--num-seeds=2", "--eval-episodes=2", "--wandb-mode=disabled", f"--runs-dir={folder}"]
     subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *flags], check=True, capture_output=True, text=True)
     (found,) = folder.iterdir()
     return found
 
 
+def adversaries(run_dir, **options):
+    args = attack.Args(run_dir, **SHORT, **options)
+    victim = attack.load(CPU, args)
+    env = attack.Adversaries(victim, 2 * 8, 0.3, args)
+    (_, obs), seen = env.reset(envs.make_generators(1, 2, "test", CPU))
+    assert torch.equal(seen, obs[:, env.team])
+    return victim, args, env, envs.by_agent(obs, 2)
+
+
 @pytest.mark.parametrize("space", ["policy", "observation"])
 def test_observations_stay_in_the_ball_and_opponents_see_clearly(run_dir, space):
-    args, radius = attack.Args(run_dir, space=space, **SHORT), 0.3
-    victim = attack.load(run_dir, CPU, args)
-    env = attack.Adversaries(victim, 2 * 8, radius, args)
-    streams = attack.ernie_mappo.make_generators(1, 2, "test", CPU)
-    (_, obs), seen = env.reset(streams)
-    assert torch.equal(seen, obs[:, env.team])
-    obs = obs.unflatten(0, (2, -1)).transpose(1, 2)
+    _, _, env, obs = adversaries(run_dir, space=space)
     choice = torch.randn(*obs.shape[:3], env.action_mask.shape[1])
     moved = env.perturb(obs, choice) - obs
-    unit = victim.unit.expand_as(moved)
-    assert not moved[:, ~env.team].any() and not moved[unit.expand_as(moved) == 0].any()
-    assert moved.isfinite().all()
+    unit = env.unit.expand_as(moved)
+    assert not moved[:, ~env.team].any() and not moved[unit == 0].any() and moved.isfinite().all()
     length = torch.where(unit > 0, moved / unit, 0)[:, env.team].norm(dim=-1)
-    assert (length <= radius * (1 + 1e-4)).all() and length.max() > 0.9 * radius
+    assert (length <= 0.3 * (1 + 1e-4)).all() and length.max() > 0.9 * 0.3
     assert torch.equal(env.perturb(obs, torch.zeros_like(choice)), obs)
 
 
 def test_a_direction_of_the_output_is_followed(run_dir):
-    args = attack.Args(run_dir, **SHORT)
-    victim = attack.load(run_dir, CPU, args)
-    env = attack.Adversaries(victim, 2 * 8, 0.3, args)
-    _, obs = env.task.reset(attack.ernie_mappo.make_generators(1, 2, "test", CPU))
-    obs = obs.unflatten(0, (2, -1)).transpose(1, 2)
-    z = victim.output(env.task, obs)
-    choice = torch.zeros_like(z)
+    victim, _, env, obs = adversaries(run_dir)
+    clean = env.policy.output(obs)
+    choice = torch.zeros(*obs.shape[:3], env.action_mask.shape[1])
     choice[..., 0] = 1
-    gain = victim.output(env.task, env.perturb(obs, choice)) - z
-    loss = victim.output(env.task, env.perturb(obs, -choice)) - z
+    gain = env.policy.output(env.perturb(obs, choice)) - clean
+    loss = env.policy.output(env.perturb(obs, -choice)) - clean
     gain, loss = gain[:, env.team, :, 0], loss[:, env.team, :, 0]
     most = 0.9 if hasattr(victim.args, "nearest_agents") else 1.0  # of whom an agent sees others once these move
     assert (gain > -1e-6).float().mean() >= most and gain.max() > 1e-4
     assert (loss < 1e-6).float().mean() >= most
 
 
-def test_undisturbed_returns_are_those_of_the_script(run_dir):
+def test_undisturbed_returns_are_those_of_the_task(run_dir):
     """Radius 0, and an adversary that does nothing: the same episodes, the same return."""
     args = attack.Args(run_dir, eval_episodes=8, **SHORT)
-    victim = attack.load(run_dir, CPU, args)
+    victim = attack.load(CPU, args)
     clean = attack.returns(victim, "clean", 0.0, args)
     env = attack.Adversaries(victim, 2, 0.3, args)
-    idle = torch.zeros(2 * 8, *env.action_mask.shape)
-    assert torch.allclose(attack.returns(victim, "learned", 0.3, args, lambda env, obs: idle), clean)
+
+    def idle(seen):
+        return torch.zeros(*seen.shape[:3], env.action_mask.shape[1])
+
+    assert torch.allclose(attack.returns(victim, "learned", 0.3, args, idle), clean)
     assert torch.allclose(attack.returns(victim, "gaussian", 0.0, args), clean)
     assert not torch.allclose(attack.returns(victim, "gaussian", 20.0, args), clean)
 
@@ -92,6 +96,7 @@ def test_the_adversary_learns_to_hurt(monkeypatch):
 
     class Task:
         num_agents, horizon, device, dtype, discrete, num_envs = 1, 6, CPU, torch.float32, False, 0
+        agents = ["agent"]
         cooperators, obs_mask, action_mask = torch.tensor([True]), torch.ones(1, 2).bool(), torch.ones(1, 2).bool()
 
         def __init__(self, num_envs):
@@ -110,22 +115,13 @@ def test_the_adversary_learns_to_hurt(monkeypatch):
             over = torch.zeros(len(place), dtype=torch.bool)
             return place, place, -place.sum(-1), over, over, {}
 
-    given = attack.ernie_mappo.Args(num_seeds=1)
-    victim = attack.Victim(
-        attack.ernie_mappo,
-        given,
-        Task,
-        lambda env, obs: -obs,
-        lambda env, obs: -obs.transpose(1, 2).flatten(0, 1),
-        None,
-        torch.ones(1, 1, 1, 2),
-        compile=False,
-    )
+    policy = attack.robustness.Policy(lambda obs: -obs, lambda output: output, None)
+    victim = attack.Victim(attack.ernie_mappo.Args(num_seeds=1), Task, lambda env: policy)
     for space in ("policy", "observation"):
         args = attack.Args(Path("."), space=space, iterations=30, num_envs=64, eval_episodes=64, learning_rate=5e-3)
-        choices = attack.learn(victim, 1.0, args)
+        choose = attack.learn(victim, 1.0, args)
         # every step the place is minus the shift, of length 1: at best sqrt(2) is lost in each of six steps
-        found = attack.returns(victim, "learned", 1.0, args, choices).item()
+        found = attack.returns(victim, "learned", 1.0, args, choose).item()
         noise = attack.returns(victim, "gaussian", 1.0, args).item()
         assert -6 * 2**0.5 - 0.1 < found < -6 * 1.3 and abs(noise) < 1.5, space
 
@@ -141,9 +137,17 @@ def test_as_a_user_starts_it(run_dir):
     assert all(float(row["return"]) == float(row["return"]) for row in rows)
 
 
-@pytest.mark.parametrize("words, said", [(["nowhere"], "no readable run"), (["x", "--radius=0"], "--radius must be")])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["nowhere"], "no folder of a run"),
+        (["x", "--radius=0"], "radius"),
+        (["x", "--radius", "1", "1"], "radius must have different values"),
+        (["x", "--attack"], "attack"),
+    ],
+)
 def test_bad_input_is_named(monkeypatch, capsys, words, said):
     monkeypatch.setattr(sys, "argv", ["attack.py", *words])
     with pytest.raises(SystemExit) as stop:
         attack.main()
-    assert said in str(stop.value) + capsys.readouterr().err
+    assert stop.value.code == 2 and said in " ".join(capsys.readouterr().err.split())

@@ -1,30 +1,23 @@
 """ermas_bimatrix.py: sampled quantities against the exact oracles, updates against hand-computed ones, runs."""
 
-import csv
 import dataclasses
 import json
 import math
-import signal
-import subprocess
-import sys
-import time
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import ROOT, alike, bad_value, finish, on, only, refusal, start_script, without_speed
+from commands import alike, on, without_speed
 
 import ermas_bimatrix as script
-from envs import bimatrix
+from envs import bimatrix, runs
 from ermas_bimatrix import Args
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REPEATED, AUGMENTED = bimatrix.TASKS
 SMALL = dict(num_envs=8, num_iterations=12, warmup_steps=2, num_seeds=1, horizon=6, inner_steps=2, cg_steps=4)
-SMALL |= dict(log_interval=4, checkpoint_interval=6, eval_iterations=3, eval_q=(0.0, 0.5), track=False)
+SMALL |= dict(log_interval=4, checkpoint_interval=6, eval_iterations=3, eval_q=(0.0, 0.5))
 SMALL["method"] = ("ermas",)
 
 
@@ -40,34 +33,46 @@ def world(**options) -> SimpleNamespace:
     torch.set_default_dtype(torch.float64)
     args = Args(**(SMALL | options))
     script.setup(args)
-    cpu, env = (dataclasses.replace(script.build_env(args, 1, d), dtype=torch.float64) for d in ("cpu", DEVICE))
-    run, seen = script.make_run(env, args), script.make_features(env, args)
-    S, nets = len(run["q"]), on(DEVICE, script.make_learners(cpu, args)[0])
+    cpu, env = (dataclasses.replace(script.make_env(args, 1, d), dtype=torch.float64) for d in ("cpu", DEVICE))
+    task, settings = script.make_task(env, args), len(args.labels) // args.num_seeds
+    plain = script.make_task(cpu, args)
+    nets = on(DEVICE, {name: script.make_policies(plain, name, settings, name) for name in script.PLAYERS})
+    S = len(args.labels)
     for net in nets.values():
         net.flat.detach().mul_(math.sqrt(net.sizes[0]))
-    streams = script.make_generators(args.seed, args.num_seeds, "test", torch.device("cpu"))
+    streams = script.envs.make_generators(args.seed, args.num_seeds, "test", torch.device("cpu"))
     values = 0.3 * torch.randn(
         S, 3, env.horizon, env.num_states, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     ).to(DEVICE)
     still = SimpleNamespace(step=lambda: None, param_groups=[{}])  # an optimizer that leaves the gradient to look at
     optimizers = {"agents": still, "planner": still}
     script.anneal(optimizers, 0.0, args)
-    parts = dict(
-        args=args, env=env, run=run, seen=seen, nets=nets, optimizers=optimizers, values=values, streams=streams
-    )
-    return SimpleNamespace(S=S, policies=script.joint_policy(nets, seen, args), **parts)
+    parts = dict(args=args, env=env, run=task.settings, seen=task.features, nets=nets, optimizers=optimizers)
+    return SimpleNamespace(S=S, policies=script.joint_policy(task, nets), values=values, streams=streams, **parts)
+
+
+def task_of(w):
+    return script.Task(w.env, w.args, w.run, w.seen)
+
+
+def learner_of(w, lambdas=None):
+    return script.Learner(w.nets, w.optimizers, lambdas, w.values)
+
+
+def rollout(w, policies, games):
+    return script.rollout(task_of(w), policies, games, w.values)
 
 
 def games_of(w, count=1):
-    return [on(DEVICE, script.draw_games(w.env, w.streams, w.args)) for _ in range(count)]
+    return [on(DEVICE, script.draw_noise(w.streams, w.env, w.args)) for _ in range(count)]
 
 
 def exact_gradient(w, player: int, reward: int) -> torch.Tensor:
     """[S, K] derivative of the exact value of a reward with respect to a player's parameters."""
     name = "planner" if player == 2 else "agents"
-    net = script.MLP(w.nets[name].flat.detach().requires_grad_(), w.nets[name].sizes)
-    policies = script.joint_policy(w.nets, w.seen, w.args)
-    policies[player] = script.log_policy(net, w.seen[name], w.args)[:, 0 if player == 2 else player].exp()
+    net = dataclasses.replace(w.nets[name], flat=w.nets[name].flat.detach().requires_grad_())
+    policies = script.joint_policy(task_of(w), w.nets)
+    policies[player] = script.log_policy(net, w.seen[name])[:, 0 if player == 2 else player].exp()
     value = bimatrix.exact_value(w.env, policies, q=w.run["q"])[:, reward].sum()
     return torch.autograd.grad(value, net.flat)[0].unflatten(0, (w.S, -1))[:, 0 if player == 2 else player]
 
@@ -76,7 +81,7 @@ def one_policy(w):
     """All seeds of `w` play the first one's policies, so that they are repetitions of one experiment."""
     for net in w.nets.values():
         net.flat.detach().unflatten(0, (w.S, -1))[:] = net.flat.detach().unflatten(0, (w.S, -1))[:1].clone()
-    w.policies = script.joint_policy(w.nets, w.seen, w.args)
+    w.policies = script.joint_policy(task_of(w), w.nets)
 
 
 def assert_unbiased(samples: torch.Tensor, exact: torch.Tensor):
@@ -101,8 +106,8 @@ def test_games_follow_the_policies(options):
     n = 20_000
     w = world(num_envs=n, **options)
     [games] = games_of(w)
-    states, moves = script.play(w.env, w.policies, games["start"], games["action"])
-    batch = script.experience(w.env, w.policies, games, w.values, w.run, w.args)
+    states, moves = script.play(w.env, w.policies, games)
+    batch = rollout(w, w.policies, games)
     assert torch.equal(batch["states"], states[..., :-1])
     torch.testing.assert_close(
         batch["visits"][0], states[0, :, :-1].flatten().bincount(minlength=w.env.num_states) / (n * w.env.horizon)
@@ -128,7 +133,7 @@ def test_same_policies_and_numbers_give_the_same_games():
     [games] = games_of(w)
     twice = [p.repeat(2, 1, 1) for p in w.policies]
     twice[0][3] = twice[0][3].flip(-1)  # but the row player of the last run
-    states, moves = script.play(w.env, twice, games["start"], games["action"])
+    states, moves = script.play(w.env, twice, games)
     assert torch.equal(states[0], states[2]) and torch.equal(moves[:, :, 0], moves[:, :, 2])
     assert not torch.equal(states[0], states[1])
     assert torch.equal(states[1, :, 0], states[3, :, 0]) and not torch.equal(states[1], states[3])
@@ -138,10 +143,11 @@ def test_compiled_games_are_the_same_games():
     w = world(num_seeds=2, horizon=3)
     [games] = games_of(w)
     policies = [p.repeat(3, 1, 1) for p in w.policies]
-    eager, compiled = (
-        script.experience(w.env, policies, games, w.values, w.run, dataclasses.replace(w.args, compile=c))
-        for c in (False, True)
-    )
+    found = []
+    for compile in (False, True):
+        w.args.compile = compile
+        found.append(rollout(w, policies, games))
+    eager, compiled = found
     assert eager["states"].shape == (6, 8, 3)
     assert all(torch.equal(eager[name], compiled[name]) for name in eager)
 
@@ -154,23 +160,23 @@ def test_policy_gradients_are_unbiased_whatever_the_baseline(options):
     w = world(num_seeds=100, num_envs=200, horizon=4, **options)
     one_policy(w)
     [games] = games_of(w)
-    batch = script.experience(w.env, w.policies, games, w.values, w.run, w.args)
+    batch = rollout(w, w.policies, games)
     for player, reward in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 2)):
         if player == 2 and w.env.max_incentive is None:
             continue  # it has one action
         name, index = ("planner", 0) if player == 2 else ("agents", player)
-        table = script.score_table(w.env, batch, player, reward, slice(None))
+        table = script.score_table(w.env, batch, player, reward)
         scores = torch.zeros(w.S, len(w.seen[name]), *table.shape[1:], device=DEVICE)
         scores[:, index] = table
-        gradient = script.policy_gradient(w.nets[name], scores, w.seen[name], w.args).unflatten(0, (w.S, -1))
+        gradient = script.policy_gradient(w.nets[name], w.seen[name], scores.flatten(0, 1)).unflatten(0, (w.S, -1))
         assert_unbiased(gradient[:, index], exact_gradient(w, player, reward)[0])
         assert (gradient.sum(1) == gradient[:, index]).all()
 
 
 def test_the_baseline_follows_the_mean_return_to_go():
     w = world(num_seeds=2, num_envs=30)
-    batch = script.experience(w.env, w.policies, games_of(w)[0], w.values, w.run, w.args)
-    after = script.follow(w.values, batch, slice(0, 2), 0.25)
+    batch = rollout(w, w.policies, games_of(w)[0])
+    after = script.follow(w.values, batch, 0.25)
     for s, t, x in ((0, 0, 5 * 4), (1, 3, 7 * 4 + 1), (1, 5, 63)):
         there = batch["states"][s, :, t] == x
         for player in range(3):
@@ -197,7 +203,7 @@ def test_conjugate_gradient_solves_linear_systems():
 
 def agents_policy(w):
     """`policy` as the trust region takes it: log-probabilities [P, X, M] of flat [P, K], P = S * 2."""
-    return lambda f: script.log_policy(script.MLP(f, w.nets["agents"].sizes), w.seen["agents"], w.args).flatten(0, 1)
+    return lambda f: script.log_policy(dataclasses.replace(w.nets["agents"], flat=f), w.seen["agents"]).flatten(0, 1)
 
 
 @pytest.mark.parametrize("hidden_size", [0, 4])
@@ -218,8 +224,8 @@ def test_fisher_product_against_the_enumerated_matrix(hidden_size):
 
 def trust_region_problem(**options):
     w = world(env_id=REPEATED, num_seeds=2, num_envs=64, **options)
-    batch = script.experience(w.env, w.policies, games_of(w)[0], w.values, w.run, w.args)
-    scores = torch.stack([script.score_table(w.env, batch, i, i, slice(None)) for i in range(2)], 1).flatten(0, 1)
+    batch = rollout(w, w.policies, games_of(w)[0])
+    scores = torch.stack([script.score_table(w.env, batch, i, i) for i in range(2)], 1).flatten(0, 1)
     flat, visits = w.nets["agents"].flat.detach(), batch["visits"].repeat_interleave(2, 0)
     return w, agents_policy(w), flat, scores, visits, {"logp": agents_policy(w)(flat), "visits": visits}
 
@@ -233,7 +239,10 @@ def kl(anchor, policy, flat):
 @pytest.mark.parametrize("rho", [1e-4, 0.5])
 def test_trust_region_step(rho, hidden_size):
     w, policy, flat, scores, visits, anchor = trust_region_problem(hidden_size=hidden_size, cg_steps=40)
-    step = partial(script.trust_region_step, policy, visits=visits, anchor=anchor, rho=rho, args=w.args)
+
+    def step(flat, scores):
+        return script.trust_region_step(policy, flat, {"scores": scores, "visits": visits}, anchor, rho, w.args)
+
     moved = step(flat, scores)
     gain = (scores * ((policy(moved) - policy(flat)).exp() - 1)).sum((1, 2))
     assert (gain > 0).all() and (kl(anchor, policy, moved) <= rho).all()
@@ -259,10 +268,10 @@ def test_trust_region_step(rho, hidden_size):
 
 
 def deviate(w, games):
-    first = script.experience(w.env, w.policies, games[0], w.values, w.run, w.args)
-    return script.deviate(
-        w.nets["agents"], w.policies, first, games[1:], w.values, w.env, w.seen["agents"], w.run, w.args
-    )
+    """(estimate, regrets, kl, the joint policy's batches)."""
+    first = rollout(w, w.policies, games[0])
+    found, joint = script.deviate(task_of(w), learner_of(w), first, games[1:])
+    return found["gradient"], found["regrets"], found["kl"], joint
 
 
 def deviation_by_hand(w, games, i: int):
@@ -270,14 +279,14 @@ def deviation_by_hand(w, games, i: int):
     net, seen = w.nets["agents"], w.seen["agents"][i : i + 1]
 
     def policy(flat):
-        return script.log_policy(script.MLP(flat, net.sizes), seen, w.args)[:, 0]
+        return script.log_policy(dataclasses.replace(net, flat=flat), seen)[:, 0]
 
     start = flat = net.flat.detach().unflatten(0, (w.S, 2))[:, i]
     path, gains, anchor = [], [], None
     for k, numbers in enumerate(games):
         policies = list(w.policies)
         policies[i] = policy(flat).exp()
-        batch, joint = (script.experience(w.env, p, numbers, w.values, w.run, w.args) for p in (policies, w.policies))
+        batch, joint = (rollout(w, p, numbers) for p in (policies, w.policies))
         scores = torch.zeros_like(policies[i])
         for s, x, a, gain in zip(*(v.flatten() for v in by_step(w, batch, i))):
             scores[s, x, a] += gain / w.args.num_envs
@@ -290,7 +299,8 @@ def deviation_by_hand(w, games, i: int):
         if w.args.trust_region == "literal":
             anchor, rho = {"logp": policy(flat), "visits": batch["visits"]}, rho / w.args.inner_steps
         if k < len(games) - 1:
-            flat = script.trust_region_step(policy, flat, scores, batch["visits"], anchor, rho, w.args)
+            own = {"scores": scores, "visits": batch["visits"]}
+            flat = script.trust_region_step(policy, flat, own, anchor, rho, w.args)
     return path, flat - start, torch.stack(gains).amax(0).clamp_min(0), kl(first, policy, flat)
 
 
@@ -338,9 +348,9 @@ def test_deviations_are_played_beside_the_joint_policy():
     w = world(num_seeds=2)
     games = games_of(w, 3)
     for batch, numbers in zip(deviate(w, games)[3], games[1:]):
-        joint = script.experience(w.env, w.policies, numbers, w.values, w.run, w.args)
+        joint = rollout(w, w.policies, numbers)
         for name in ("states", "returns", "mean"):
-            torch.testing.assert_close(batch[name][2 * w.S :], joint[name])
+            torch.testing.assert_close(batch[name], joint[name])
 
 
 def test_anchored_deviations_stay_in_the_ball_and_literal_ones_do_not():
@@ -369,7 +379,7 @@ def test_no_regret_in_equilibrium():
     with torch.no_grad():
         w.nets["agents"].flat.zero_()
         w.nets["agents"].layers()[0][1][:, 2] = 6.0  # up
-    w.policies = script.joint_policy(w.nets, w.seen, w.args)
+    w.policies = script.joint_policy(task_of(w), w.nets)
     assert bimatrix.regret(w.env, w.policies)[:, :2].max() < 0.01
     assert deviate(w, games_of(w, 3))[1].max() < 0.01
 
@@ -379,10 +389,9 @@ def test_no_regret_in_equilibrium():
 
 def search(w, lambdas, games, warm=False):
     """(the direction in which the agents go up [S, 2, K], lambdas afterwards, metrics)"""
-    lambdas, _, metrics = script.search(
-        w.nets, w.optimizers, lambdas, w.values, w.env, w.seen, games, w.run, w.args, len(games) > 1 and not warm
-    )
-    return -w.nets["agents"].flat.grad.unflatten(0, (w.S, 2)), lambdas, metrics
+    learner = learner_of(w, lambdas)
+    metrics = script.update(task_of(w), learner, games, len(games) > 1 and not warm)
+    return -w.nets["agents"].flat.grad.unflatten(0, (w.S, 2)), learner.lambdas, metrics
 
 
 PLAIN = dict(ent_coef=0.0, lambda_damping=0.0)
@@ -419,7 +428,7 @@ def test_baselines_do_not_care_about_the_planner(method):
 def test_direction_of_the_planner():
     w = world(num_seeds=80, num_envs=100, horizon=4, q_train=(0.3,), planner_observes=True, **PLAIN)
     one_policy(w)
-    script.plan(w.nets, w.optimizers, w.values, w.env, w.seen, games_of(w)[0], w.run, w.args)
+    script.plan(task_of(w), learner_of(w), games_of(w)[0])
     assert_unbiased(-w.nets["planner"].flat.grad, exact_gradient(w, 2, 2)[0])
 
 
@@ -429,7 +438,7 @@ def test_entropy_bonus():
     plain = search(w, lambdas, games)[0]
     script.anneal(w.optimizers, 0.75, dataclasses.replace(w.args, ent_coef=2.0))  # a quarter is left
     direction, _, metrics = search(w, lambdas, games)
-    visits = script.experience(w.env, w.policies, games[0], w.values, w.run, w.args)["visits"]
+    visits = rollout(w, w.policies, games[0])["visits"]
     flat = w.nets["agents"].flat.detach().requires_grad_()
     policy = torch.distributions.Categorical(logits=agents_policy(w)(flat).unflatten(0, (1, 2)))
     entropy = (visits[:, None] * policy.entropy()).sum(-1)
@@ -455,7 +464,7 @@ def test_lambda_follows_the_regret():
     assert torch.equal(search(w, still, games, warm=True)[1], still)
     fixed = world(epsilon=(0.0,), num_seeds=2, fixed_lambda=True)
     assert torch.equal(search(fixed, still[:2], games)[1], still[:2])
-    assert len(script.run_labels(Args(fixed_lambda=True, epsilon=(0.1, 0.2), method=("ermas",), num_seeds=1))) == 1
+    assert len(Args(fixed_lambda=True, epsilon=(0.1, 0.2), method=("ermas",), num_seeds=1).labels) == 1
 
 
 def test_warm_up_has_no_deviations_and_lambda_0():
@@ -495,11 +504,12 @@ def test_learning_rewards_by_hand():
     w = world(method=("ermas", "marl", "domain-randomization", "risk"), q_train=(0.4,), num_envs=5)
     assert w.S == 4
     [games] = games_of(w)
-    clean = script.experience(w.env, w.policies, games, w.values, w.run, w.args)
+    assert not w.run.pop("noise").any()
+    clean = rollout(w, w.policies, games)
     noise = 2 * torch.rand(4, 2, w.env.num_states, 9, generator=torch.Generator().manual_seed(1)) - 1
     w.run["noise"] = noise.to(DEVICE) * w.run["randomized"][:, None, None, None]
-    batch = script.experience(w.env, w.policies, games, w.values, w.run, w.args)
-    states, moves = script.play(w.env, w.policies, games["start"], games["action"])
+    batch = rollout(w, w.policies, games)
+    states, moves = script.play(w.env, w.policies, games)
     T, lowest = w.env.horizon, -9.0  # incentive 3 at payoff 0
     for s in range(4):
         for b in range(5):
@@ -524,13 +534,13 @@ def test_learning_rewards_by_hand():
 
 
 def test_noise_is_redrawn_for_randomized_runs_only(tmp_path, monkeypatch):
-    seen, real = [], script.search
+    seen, real = [], script.update
 
-    def spy(*args, **kwargs):
-        seen.append(args[7]["noise"].clone())
-        return real(*args, **kwargs)
+    def spy(task, *rest):
+        seen.append(task.settings["noise"].clone())
+        return real(task, *rest)
 
-    monkeypatch.setattr(script, "search", spy)
+    monkeypatch.setattr(script, "update", spy)
     options = dict(method=("marl", "domain-randomization"), num_seeds=2, randomize_interval=5, search_steps=3)
     short_train(tmp_path, "run", num_iterations=5, **options)
     assert len(seen) == 15  # updates
@@ -546,12 +556,13 @@ def test_noise_is_redrawn_for_randomized_runs_only(tmp_path, monkeypatch):
 def short_train(tmp_path, name, **options):
     """(networks, rows of metrics.csv) of a small run."""
     args = Args(**(SMALL | options))
-    env = script.build_env(args, 1, script.setup(args))
-    run, (nets, optimizers) = script.make_run(env, args), script.make_learners(env, args)
-    folder = tmp_path / name
-    folder.mkdir()
-    assert script.train(env, nets, optimizers, run, args, folder, [])[1]
-    return nets, list(csv.DictReader(open(folder / "metrics.csv")))
+    task = script.make_task(script.make_env(args, 1, script.setup(args)), args)
+    settings = len(args.labels) // args.num_seeds
+    nets = {player: script.make_policies(task, player, settings, player) for player in script.PLAYERS}
+    run = runs.Run(tmp_path / name, args.labels)
+    run.dir.mkdir()
+    script.train(task, script.make_learner(task, nets), run, {})
+    return nets, run.rows
 
 
 def assert_same_runs(ours, theirs):
@@ -577,7 +588,7 @@ def test_a_seed_does_not_depend_on_the_others(tmp_path, options):
         for name, n in (("agents", 2), ("planner", 1)):
             ours = together[name].flat.unflatten(0, (-1, 3, n))[:, k]
             assert alike(alone[name].flat, ours.flatten(0, 1))
-        assert_same_runs(own, [row for row in rows if row["seed"] == str(5 + k)])
+        assert_same_runs(own, [row for row in rows if row["seed"] == 5 + k])
 
 
 def test_a_setting_does_not_depend_on_the_others(tmp_path):
@@ -587,7 +598,7 @@ def test_a_setting_does_not_depend_on_the_others(tmp_path):
     mine = slice(6, 8)  # after three settings
     assert alike(alone["agents"].flat, together["agents"].flat.unflatten(0, (-1, 2))[mine].flatten(0, 1))
     assert alike(alone["planner"].flat, together["planner"].flat[mine])
-    label = {"method": "ermas", "epsilon": "0.3", "q_train": "0.5"}
+    label = {"method": "ermas", "epsilon": 0.3, "q_train": 0.5}
     assert_same_runs(own, [row for row in rows if label.items() <= row.items()])
 
 
@@ -604,7 +615,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_option_trains(tmp_path, options):
     nets, rows = short_train(tmp_path, "run", **options)
-    assert len(rows) == 3 * len(script.run_labels(Args(**(SMALL | options))))
+    assert len(rows) == 3 * len(Args(**(SMALL | options)).labels)
     names = [name for name in rows[-1] if "/" in name]
     assert all(math.isfinite(float(row[name])) for row in rows for name in names)
     fresh, _ = short_train(tmp_path, "fresh", **(options | dict(num_iterations=1, learning_rate=1e-30)))
@@ -617,16 +628,16 @@ def test_the_warm_up_rests_the_planner(tmp_path):
     before, _ = short_train(tmp_path, "before", num_iterations=1, warmup_steps=1)
     rested, rows = short_train(tmp_path, "rested", num_iterations=12, warmup_steps=12)
     assert torch.equal(before["planner"].flat, rested["planner"].flat)
-    assert {row["ermas/lambda_row"] for row in rows} == {"1.0"}
+    assert {row["ermas/lambda_row"] for row in rows} == {1.0}
 
 
 def test_steps_are_counted(tmp_path, monkeypatch):
     """global_step against the games that were played."""
     played, real = [], script.play
 
-    def spy(env, probs, start, action):
-        played.append(len(probs[0]) * start.shape[1] * len(action))
-        return real(env, probs, start, action)
+    def spy(env, probs, noise):
+        played.append(len(probs[0]) * noise["start"].shape[1] * len(noise["action"]))
+        return real(env, probs, noise)
 
     monkeypatch.setattr(script, "play", spy)
     _, rows = short_train(tmp_path, "run", warmup_steps=0, search_steps=2, inner_steps=3, num_seeds=2)
@@ -655,185 +666,48 @@ def test_agents_do_as_much_harm_as_epsilon_allows(tmp_path):
     assert [value / 2 for value in regret] == pytest.approx([0.05, 0.05, 0.3, 0.3], rel=0.3)
 
 
-# --------------------------------------------------------------------------------------------------------- command line
-
-
-def flags_of(**options) -> list[str]:
-    """Command line of SMALL and `options`."""
-    flags = []
-    for name, value in (SMALL | options).items():
-        flag = name.replace("_", "-")
-        if name == "method" and "figure" in options:
-            continue
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            flags += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
-    return flags
-
-
-def rows_of(path: Path) -> list[dict]:
-    return list(csv.DictReader(open(path)))
-
-
-def main_here(monkeypatch, *flags):
-    """The whole script in this process."""
-    monkeypatch.setattr(sys, "argv", ["ermas_bimatrix.py", *map(str, flags)])
-    script.main()
-
-
-def test_a_whole_run_leaves_what_it_promises(monkeypatch, tmp_path):
-    options = dict(num_seeds=2, method=("ermas", "marl"), track=True, capture_video=True)
-    out, _ = finish(start_script("ermas_bimatrix.py", f"--runs-dir={tmp_path}", *flags_of(**options)))
-    folder = only(tmp_path)
-    about = json.loads((folder / "args.json").read_text())
-    assert about["versions"]["torch"] == version("torch") and about["method"] == ["ermas", "marl"]
-    assert len(list(folder.glob("wandb/offline-run-*"))) == 4  # one per seed and setting
-    for name in ("checkpoint.pt", "checkpoint.previous.pt", "report.png", "videos/game.gif"):
-        assert (folder / name).stat().st_size > 0
-    runs = [("ermas", "1"), ("ermas", "2"), ("marl", "1"), ("marl", "2")]
-    metrics = rows_of(folder / "metrics.csv")
-    assert [(row["method"], row["seed"]) for row in metrics] == 3 * runs  # of 12 / 4 logs
-    results = rows_of(folder / "results.csv")
-    assert [(row["method"], row["seed"]) for row in results] == runs
-    for last, result in zip(metrics[-4:], results):
-        assert all(last[name] == value for name, value in result.items())
-    tests = rows_of(folder / "test_games.csv")
-    assert [(row["method"], row["seed"], row["q"]) for row in tests] == [(*r, q) for r in runs for q in ("0.0", "0.5")]
-    assert all(name in out for name in ("ermas, epsilon 0.2", "marl, Q = 0", str(folder)))
-    before = (folder / "test_games.csv").read_text()
-    main_here(monkeypatch, "--evaluate", folder)
-    assert (folder / "test_games.csv").read_text() == before  # the same planners, the same games
-    main_here(monkeypatch, "--evaluate", folder, "--eval-q", 1, "--eval-iterations=2")
-    assert {row["q"] for row in rows_of(folder / "test_games.csv")} == {"1.0"}  # flags beat the saved values
+# ---------------------------------------------------------------------------------------------------------- test games
 
 
 def test_test_games_are_learned_and_valued_exactly():
     torch.set_default_dtype(torch.float32)
     options = dict(num_seeds=2, method=("marl", "risk"), eval_q=(0.0, 1.0), eval_iterations=80, num_envs=64)
     args = Args(**(SMALL | options | dict(horizon=16)))
-    env = script.build_env(args, 1, script.setup(args))
-    planner = script.make_policies(env, [2], 2, "planner", args)
+    task = script.make_task(script.make_env(args, 1, script.setup(args)), args)
+    planner = script.make_policies(task, "planner", 2, "planner")
     values = {}
     for incentive in (0, 3):
         with torch.no_grad():
             planner.flat.zero_()
             planner.layers()[0][1][:, incentive] = 30.0  # always this one
-        values[incentive], regret = script.play_tests(env, planner, args)
-        assert values[incentive].shape == (4, 2, 3) and regret[:, 0].max() < 0.03
+        found = script.play_tests(task, planner)
+        values[incentive], regret = found["planner_reward"], found["agent_regret"]
+        assert values[incentive].shape == (4, 2) and regret[:, 0].max() < 0.03
         assert torch.equal(values[incentive][:2], values[incentive][2:])  # new agents of a seed are always the same
-    assert values[0][..., 2].abs().max() < 1e-6  # nothing paid, nothing received
+    assert values[0].abs().max() < 1e-6  # nothing paid, nothing received
     # Q = 0: they go up, where the planner gets 3 * 4 - 9; Q = 1: they go down, where it gets -9
-    assert values[3][:, 0, 2].min() > 1.5 and values[3][:, 1, 2].max() < -7.5 and regret[:, 1].max() < 0.5
-    assert torch.allclose(values[0][:, 0, :2], values[3][:, 0, :2], atol=0.02)
+    assert values[3][:, 0].min() > 1.5 and values[3][:, 1].max() < -7.5 and regret[:, 1].max() < 0.5
 
 
-@pytest.mark.parametrize("figure, settings", [("3", 9), ("4", 30), ("5", 5)])
-def test_figures(monkeypatch, capsys, tmp_path, figure, settings):
-    options = dict(figure=figure, num_seeds=2, num_iterations=3, log_interval=1)
-    main_here(monkeypatch, f"--runs-dir={tmp_path}", *flags_of(**options))
-    folder = only(tmp_path)
-    game = AUGMENTED if figure == "5" else REPEATED
-    assert json.loads((folder / "args.json").read_text())["env_id"] == game and game in capsys.readouterr().out
-    results = rows_of(folder / "results.csv")
-    names = list(results[0])[:7]
-    assert len({tuple(row[name] for name in names) for row in results}) == settings and len(results) == 2 * settings
-    assert len(rows_of(folder / "test_games.csv")) == (2 * 2 * settings if figure == "5" else 0)
-    assert (folder / "report.png").stat().st_size > 10_000
+# ---------------------------------------------------------------------------------------------------------- wrong input
 
 
-LONG = dict(num_iterations=120, log_interval=15, checkpoint_interval=20, warmup_steps=5, num_seeds=2)
-LONG |= dict(method=("ermas", "domain-randomization"), randomize_interval=50)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
-    finish(start_script("ermas_bimatrix.py", f"--runs-dir={folder}", *flags_of(**LONG)))
-    return only(folder)
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_killed_and_resumed_equals_uninterrupted(monkeypatch, tmp_path, uninterrupted, how):
-    process = start_script("ermas_bimatrix.py", f"--runs-dir={tmp_path}", *flags_of(**LONG))
-    until = time.time() + 120
-    while not list(tmp_path.glob("*/checkpoint.pt")) and time.time() < until:
-        time.sleep(0.01)
-    process.send_signal(how)
-    _, err = process.communicate()
-    assert process.returncode == (130 if how == signal.SIGINT else -how)
-    folder = only(tmp_path)
-    if how == signal.SIGINT:
-        assert f"--resume {folder}" in err
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["iteration"] < 120
-    with open(folder / "metrics.csv", "a") as file:
-        file.write("ermas,99")  # what a kill in the middle of a write leaves
-    main_here(monkeypatch, "--resume", folder, "--track", "--wandb-mode=disabled")
-    for name in ("metrics.csv", "results.csv", "test_games.csv"):
-        assert without_speed(rows_of(folder / name)) == without_speed(rows_of(uninterrupted / name))
-    states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, uninterrupted)]
-    for name in states[0]["nets"]:
-        assert torch.equal(*(state["nets"][name] for state in states))
-
-
-def test_two_ranks_train_one_policy(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command += [
-        str(ROOT / "ermas_bimatrix.py"),
-        f"--runs-dir={tmp_path}",
-        *flags_of(method=("ermas", "marl"), num_iterations=6, cuda=False),
-    ]
-    finish(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-    a, b = (torch.load(only(tmp_path) / n, weights_only=True) for n in ("checkpoint.pt", "checkpoint_rank1.pt"))
-    for name in ("agents", "planner"):
-        assert torch.equal(a["nets"][name], b["nets"][name])
-    for x, y in zip(a["tensors"], b["tensors"]):  # lambdas, baseline
-        assert torch.equal(x, y)
-    assert not torch.equal(a["streams"]["games"][0], b["streams"]["games"][0])
-
-
-BAD_VALUES = {
-    **dict.fromkeys(["num_seeds", "num_threads", "horizon", "inner_steps", "cg_steps", "num_iterations"], 0),
-    **dict.fromkeys(["search_steps", "num_envs", "randomize_interval", "log_interval", "checkpoint_interval"], 0),
-    **dict.fromkeys(["learning_rate", "planner_learning_rate", "rho", "lambda_max"], 0.0),
-    **dict.fromkeys(["seed", "max_incentive", "warmup_steps", "hidden_size"], -1),
-    **dict.fromkeys(["epsilon", "beta", "lambda_lr", "lambda_damping", "cg_damping", "ent_coef", "lambda_init"], -0.1),
-    **{"eval_iterations": 0, "value_rate": 1.5, "payoff_scale": math.inf, "q_train": math.nan, "eval_q": math.inf},
-}
-
-
-main_with = partial(refusal, script)
-
-
-@pytest.mark.parametrize("name, value", BAD_VALUES.items())
-def test_bad_value_is_one_line_that_names_the_flag(monkeypatch, capsys, name, value):
-    bad_value(script, monkeypatch, capsys, name, value)
-
-
-def test_every_number_has_a_bad_value():
-    values = {name: value[0] if isinstance(value, tuple) else value for name, value in Args().__dict__.items()}
-    numbers = {name for name, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)}
-    assert numbers - {"num_moves"} == BAD_VALUES.keys()  # 2 or 3, as tyro says
-
-
-def test_unknown_names_and_combinations(monkeypatch, capsys, tmp_path):
-    bad = partial(main_with, monkeypatch, capsys)
-    assert "repeated_bimatrix_v0" in bad("--env-id=repeated_bimatrix_v1")
-    assert "--no-such-flag" in bad("--no-such-flag")
-    assert "--method" in bad("--method=maddpg") and "--figure" in bad("--figure=6")
-    assert "--epsilon must be one value or more, all different" in bad("--epsilon") and "all different" in bad(
-        "--method"
-    )
-    assert "all different" in bad("--beta", 0.1, 0.1)
-    assert "--method must be left out with --figure" in bad("--figure=5", "--method=marl")
-    assert "--epsilon must be left out with --figure" in bad("--figure=3", "--epsilon=0.3")
-    assert "--epsilon must be" in bad("--epsilon", 0.1, "nan") and "-1" in bad("--beta", 0.1, -1)
-    assert "--lambda-init must be between 0 and --lambda-max" in bad("--lambda-init=3", "--lambda-max=2")
-    assert "--meta-rescale" in bad("--meta-rescale", "--inner-steps=1")
-    assert "--resume" in bad("--resume=a", "--evaluate=b")
-    assert "no checkpoint at" in bad(f"--resume={tmp_path}/nowhere")
-    (tmp_path / "file").write_text("")
-    assert "--runs-dir must be a writable folder" in bad(f"--runs-dir={tmp_path}/file")
+def test_values_that_do_not_go_together():
+    for options, name in (
+        (dict(epsilon=()), "epsilon"),
+        (dict(method=()), "method"),
+        (dict(method=("maddpg",)), "method"),
+        (dict(beta=(0.1, 0.1)), "beta must have different values"),
+        (dict(epsilon=(0.1, math.nan)), "epsilon"),
+        (dict(beta=(0.1, -1.0)), "beta"),
+        (dict(lambda_init=(3.0,), lambda_max=2.0), "lambda_init must be at most lambda_max"),
+        (dict(meta_rescale=True, inner_steps=1), "meta_rescale"),
+        (dict(correction="displacement", meta_gradient="fomaml"), "correction"),
+        (dict(payoff_scale=0.0), "payoff_scale"),
+        (dict(num_moves=4), "num_moves"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            Args(**(SMALL | options))
 
 
 PAYOFFS = {
@@ -847,62 +721,25 @@ PAYOFFS = {
 }
 
 
+PAYOFFS |= {
+    "deep": "[" * 100_000,
+    "a large number": f"[[[{'9' * 400}]], [[1]], [[1]]]",
+    "numbers too large to add": "[[[1e30]], [[1]], [[1]]]",
+    "empty": "[]",
+}
+
+
 @pytest.mark.parametrize("kind", PAYOFFS)
-def test_wrong_payoffs(monkeypatch, capsys, tmp_path, kind):
+def test_wrong_payoffs(tmp_path, kind):
     path = tmp_path / "payoffs.json"
     if PAYOFFS[kind] is not None:
         path.write_text(PAYOFFS[kind])
-    assert "payoffs must be" in main_with(monkeypatch, capsys, f"--payoffs={path}", f"--runs-dir={tmp_path}/runs")
-    assert not (tmp_path / "runs").exists()
+    with pytest.raises(ValueError, match="payoffs must be"):
+        script.make_env(Args(payoffs=str(path)), 1, DEVICE)
 
 
-def test_other_payoffs(monkeypatch, tmp_path):
+def test_other_payoffs(tmp_path):
     payoffs = torch.rand(3, 2, 5).tolist()
     (tmp_path / "payoffs.json").write_text(json.dumps(payoffs))
-    args = Args(payoffs=str(tmp_path / "payoffs.json"))
-    assert script.build_env(args, 1, DEVICE).payoffs.tolist() == payoffs
-    main_here(monkeypatch, f"--runs-dir={tmp_path}/runs", *flags_of(payoffs=args.payoffs, figure="3", num_iterations=2))
-
-
-def test_broken_checkpoints(monkeypatch, capsys, tmp_path):
-    bad = partial(main_with, monkeypatch, capsys)
-    main_here(monkeypatch, f"--runs-dir={tmp_path}", *flags_of())
-    capsys.readouterr()
-    folder = only(tmp_path)
-    whole = (folder / "checkpoint.pt").read_bytes()
-    assert "--beta is read from" in bad(f"--resume={folder}", "--beta=0.1")
-    (folder / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
-    error = bad(f"--resume={folder}")
-    assert "no readable checkpoint" in error and "checkpoint.previous.pt" in error
-    state, _ = script.load_run(Args(resume=f"{folder}/checkpoint.previous.pt"))[1:]
-    assert 0 < state["iteration"] < 12  # the one before still loads
-    (folder / "checkpoint.pt").write_bytes(b"")
-    assert "no readable checkpoint" in bad(f"--resume={folder}")
-    torch.save({"weights": torch.zeros(3)}, folder / "checkpoint.pt")
-    assert "no readable checkpoint" in bad(f"--evaluate={folder}")
-    torch.save({"script": "ernie_maddpg"}, folder / "checkpoint.pt")
-    assert "was written by ernie_maddpg.py" in bad(f"--resume={folder}")
-
-
-def test_a_run_without_metrics_is_not_evaluated(monkeypatch, capsys, tmp_path):
-    main_here(monkeypatch, f"--runs-dir={tmp_path}", *flags_of(num_iterations=2))
-    path = only(tmp_path) / "checkpoint.pt"
-    state = torch.load(path, weights_only=True)
-    torch.save(state | {"metrics": ({}, {})}, path)  # as after Ctrl-C before the first log
-    assert "go on with --resume" in main_with(monkeypatch, capsys, f"--evaluate={path.parent}")
-
-
-def test_non_finite_loss_stops_with_the_iteration_and_the_last_checkpoint(monkeypatch, capsys, tmp_path):
-    real, calls = script.search, []
-
-    def poisoned(*args, **kwargs):
-        lambdas, values, metrics = real(*args, **kwargs)
-        calls.append(1)
-        worse = {name: value * (math.nan if len(calls) > 7 else 1) for name, value in metrics.items()}
-        return lambdas, values, worse
-
-    monkeypatch.setattr(script, "search", poisoned)
-    error = main_with(monkeypatch, capsys, f"--runs-dir={tmp_path}", *flags_of())
-    last = only(tmp_path) / "checkpoint.pt"
-    assert "is not finite at iteration 8" in error and str(last) in error
-    assert torch.load(last, weights_only=True)["iteration"] == 6
+    assert script.make_env(Args(payoffs=str(tmp_path / "payoffs.json")), 1, DEVICE).payoffs.tolist() == payoffs
+    short_train(tmp_path, "run", payoffs=str(tmp_path / "payoffs.json"), num_iterations=2)

@@ -1,32 +1,24 @@
 """ernie_meanfield.py: transport against the exact one, gradients against finite differences, losses by hand, runs."""
 
-import csv
 import dataclasses
 import itertools
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from functools import partial
-from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, alike, bad_value, finish, fourth_order, on, only, plain, refusal, start_script, without_speed
-from PIL import Image
+from commands import alike, fourth_order, on, plain, without_speed
 from scipy.optimize import linear_sum_assignment
 
 import ernie_meanfield as script
+from envs import perturb, robustness, runs
 from ernie_meanfield import PARTS, Args
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = dict(num_agents=3, num_envs=2, batch_size=8, hidden_size=8, learning_starts=50, buffer_size=150)
-SMALL |= dict(reg_batch_size=4, transport_steps=10, eval_episodes=2, eval_agents=(3,), track=False)
+SMALL |= dict(reg_batch_size=4, transport_steps=10, eval_episodes=2, eval_agents=(3,))
 SMALL |= dict(total_timesteps=200, log_interval=100, checkpoint_interval=100)  # four iterations, three updates
 ROLES = ("critic", "actor")
 
@@ -51,9 +43,8 @@ def random(*shape, seed=0, dtype=None):
 
 
 def world(**options):
-    """(args, env, nets, replay, batch, noise): two seeds of four agents with random networks far from linear, whose
-    targets are others, and an episode of random play in replay; float64. All is drawn on a CPU, so that it is the same
-    on every device."""
+    """(args, env, nets, batch with noise): two seeds of four agents with random networks far from linear, whose
+    targets are others, and an episode of random play; float64, drawn on a CPU, so that it is the same everywhere."""
     torch.set_default_dtype(torch.float64)
     small = dict(num_seeds=2, num_agents=4, hidden_size=6, activation="tanh", num_envs=3, batch_size=7)
     args = Args(**(SMALL | small | dict(reg_batch_size=5, transport_steps=60) | options))
@@ -61,14 +52,23 @@ def world(**options):
         script.envs.make(args.env_id, args.num_seeds * args.num_envs, d, torch.float64, num_agents=args.num_agents)
         for d in ("cpu", DEVICE)
     )
-    nets, _ = script.make_mean_field(cpu, args)
+    nets, _ = script.make_nets(cpu, args)
     for k, net in enumerate(nets.values()):
         net.flat.detach().mul_(1.5).add_(0.2 * random(*net.flat.shape, seed=k).cpu())
-    replay = script.make_crowd_replay(cpu, args.num_seeds, args.num_envs)
-    streams = script.make_generators(3, args.num_seeds, "test", torch.device("cpu"))
-    script.rollout_crowd(cpu.step, cpu, nets, replay, 0, 0.8, streams, args)
-    batch = script.add_own(script.sample_crowds(replay, args.num_envs, args.batch_size, streams), args)
-    return args, env, *(on(DEVICE, x) for x in (nets, replay, batch, script.draw_moves(streams, cpu, args)))
+    streams = script.envs.make_generators(3, args.num_seeds, "test", torch.device("cpu"))
+    episodes = script.rollout(cpu.step, cpu, nets, 0.8, streams, args)
+    batch = script.sample(episodes, args.num_envs, args, streams) | script.draw_noise(streams, cpu, args)
+    return args, env, on(DEVICE, nets), on(DEVICE, batch)
+
+
+def first(batch, rows=5):
+    """The samples of the regulariser."""
+    return {name: value[:, :rows] for name, value in batch.items()}
+
+
+def act_on(nets, obs, env, args):
+    """Outputs of the trained policy [S, B, N, A] at observations [S, B, N, O]."""
+    return script.trained_policy(nets, env, args).output(obs.transpose(1, 2)).transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------- optimal transport
@@ -203,8 +203,7 @@ def test_no_gradient_flows_through_the_plan():
 
 def written_out(nets, who, s, own, crowd, landmarks):
     """respond() for one agent of seed s: own [k], crowd [N, 2], landmarks [L, 2]."""
-    role, _, target = who.partition("_")
-    head, *encoders = (nets["_".join([role, part] + [target] * bool(target))] for part in PARTS)
+    head, *encoders = (nets[f"{who}_{part}"] for part in PARTS)
     pooled = [
         torch.stack([plain(net, s, p) for p in points]).mean(0) for net, points in zip(encoders, (crowd, landmarks))
     ]
@@ -213,71 +212,71 @@ def written_out(nets, who, s, own, crowd, landmarks):
 
 @pytest.mark.parametrize("who", ["actor", "critic", "actor_target", "critic_target"])
 def test_networks_are_those_written_out(who):
-    args, env, nets, _, batch, _ = world()
+    args, env, nets, batch = world()
     own, crowd = batch["own"], batch["own"][..., None, :, 2:4] + 0.1
     if who.startswith("critic"):
         own = torch.cat([own, random(*own.shape[:3], 10)], -1)
-    found = script.respond(nets, who, own, crowd, batch["landmarks"], args)
+    found = script.respond(nets, who, own, crowd, batch["landmarks"])
     assert found.shape == (2, 7, 4, 1 if who.startswith("critic") else 5)
     for s, m, n in itertools.product(range(2), range(0, 7, 3), range(4)):
         expected = written_out(nets, who, s, own[s, m, n], crowd[s, m, 0], batch["landmarks"][s, m, 0])
         close(found[s, m, n], expected)
     many = [x.expand(-1, -1, 4, -1, -1) for x in (crowd, batch["landmarks"])]  # a crowd for each agent
-    close(script.respond(nets, who, own, *many, args), found)
+    close(script.respond(nets, who, own, *many), found)
     many[0] = many[0] + random(2, 7, 4, 1, 1)
-    found = script.respond(nets, who, own, *many, args)
+    found = script.respond(nets, who, own, *many)
     close(found[1, 2, 3], written_out(nets, who, 1, own[1, 2, 3], many[0][1, 2, 3], many[1][1, 2, 3]))
 
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("role", ROLES)
 def test_order_of_crowd_landmarks_and_agents(role, shared):
-    args, env, nets, _, batch, _ = world()
+    args, env, nets, batch = world()
     own, order, marks = batch["own"], torch.tensor([2, 0, 3, 1]), torch.tensor([1, 3, 0, 2])
     if role == "critic":
         own = torch.cat([own, random(*own.shape[:3], 10)], -1)
     crowd, landmarks = script.crowd_of(own), batch["landmarks"]
     if not shared:
         crowd, landmarks = (x + 0.1 * random(2, 7, 4, 4, 2) for x in (crowd, landmarks))
-    out = script.respond(nets, role, own, crowd, landmarks, args)
-    close(script.respond(nets, role, own, crowd[..., order, :], landmarks[..., marks, :], args), out, 1e-12)
+    out = script.respond(nets, role, own, crowd, landmarks)
+    close(script.respond(nets, role, own, crowd[..., order, :], landmarks[..., marks, :]), out, 1e-12)
     for other in (crowd + 0.1, landmarks + 0.1):  # both are seen
         seen = (other, landmarks) if other.shape == crowd.shape and (other - crowd).std() < 1e-9 else (crowd, other)
-        assert (script.respond(nets, role, own, *seen, args) - out).abs().max() > 1e-4
+        assert (script.respond(nets, role, own, *seen) - out).abs().max() > 1e-4
     if not shared:
         crowd, landmarks = crowd[:, :, order], landmarks[:, :, order]
-    close(script.respond(nets, role, own[:, :, order], crowd, landmarks, args), out[:, :, order], 1e-12)
-    twice = script.respond(nets, role, own, torch.cat([crowd, crowd], -2), landmarks, args)
+    close(script.respond(nets, role, own[:, :, order], crowd, landmarks), out[:, :, order], 1e-12)
+    twice = script.respond(nets, role, own, torch.cat([crowd, crowd], -2), landmarks)
     close(twice[:, :, order] if not shared else twice, out if shared else twice[:, :, order], 1e-12)
 
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("transport", ["penalty", "budget"])
 def test_order_of_agents_does_not_matter_to_the_regulariser(role, transport):
-    args, env, nets, _, batch, noise = world(transport=transport)
+    args, env, nets, batch = world(transport=transport)
     order = torch.tensor([2, 0, 3, 1])
     found = []
     for index in (torch.arange(4), order):
-        part = {"own": batch["own"][:, :, index], "landmarks": batch["landmarks"].flip(3)}
-        z = noise["crowd"].unflatten(-1, (4, 2))[:, :, index].flatten(-2)
-        change = changes(role, nets, part, batch["actions"][:, :, index], args)
-        found.append(script.crowd_regularizer("stackelberg", change, part["own"][:, :5, :, 2:4], z, args))
+        part = {"own": batch["own"][:, :5, index], "landmarks": batch["landmarks"][:, :5].flip(3)}
+        z = batch["crowd_noise"].unflatten(-1, (4, 2))[:, :, index].flatten(-2)
+        change = changes(role, nets, part, batch["actions"][:, :5, index])
+        found.append(script.regularizer(change, part["own"][..., 2:4], z, args))
     close(found[1][0], found[0][0], 1e-8)
     close(found[1][1].unflatten(-1, (4, 2)), found[0][1].unflatten(-1, (4, 2))[:, :, order], 1e-8)
 
 
 def test_perturbations_of_samples_do_not_depend_on_each_other():
-    args, env, nets, _, batch, noise = world()
-    _, delta = regularize("critic", nets, batch, noise, args)
+    args, env, nets, batch = world()
+    _, delta = regularize("critic", nets, batch, args)
     order = torch.tensor([3, 1, 4, 0, 2])
     mixed = {name: value[:, :5][:, order] for name, value in batch.items()}
-    _, other = regularize("critic", nets, mixed, {"crowd": noise["crowd"][:, order]}, args)
+    _, other = regularize("critic", nets, mixed, args)
     close(other, delta[:, order], 1e-9)
 
 
 def test_perceive_has_the_nearest():
-    args, env, _, _, batch, _ = world(num_agents=6, eval_agents=(6,), nearest_landmarks=4, nearest_agents=3)
-    body, marks = batch["body"], batch["landmarks"]
+    args, env, _, batch = world(num_agents=6, eval_agents=(6,), nearest_landmarks=4, nearest_agents=3)
+    body, marks = batch["own"][..., :4], batch["landmarks"]
     for crowd, landmarks in (
         (script.crowd_of(body), marks),
         (script.crowd_of(body).expand(-1, -1, 6, -1, -1), marks + 0.1 * random(2, 7, 6, 6, 2)),
@@ -294,8 +293,9 @@ def test_perceive_has_the_nearest():
 
 
 def test_perceive_of_nothing_is_the_body():
-    args, _, _, _, batch, _ = world(nearest_landmarks=0, nearest_agents=0)
-    close(script.perceive(batch["body"], script.crowd_of(batch["body"]), batch["landmarks"], args), batch["body"])
+    args, _, _, batch = world(nearest_landmarks=0, nearest_agents=0)
+    assert batch["own"].shape[-1] == 4
+    close(script.perceive(batch["own"], script.crowd_of(batch["own"]), batch["landmarks"], args), batch["own"])
 
 
 @pytest.mark.parametrize("n", [2, 3, 15])
@@ -304,7 +304,7 @@ def test_views_are_the_places(n):
     env = script.envs.make("simple_spread_v3", 6, DEVICE, num_agents=n)
     state, _ = env.reset([torch.Generator(DEVICE).manual_seed(k) for k in range(2)])
     state = env.step(state, torch.rand(6, n, 5, device=DEVICE))[0]
-    crowd, landmarks = script.views(env.observe(state).unflatten(0, (2, 3)), env)
+    crowd, landmarks = script.views(env.observe(state).unflatten(0, (2, 3)), n)
     assert crowd.shape == landmarks.shape == (2, 3, n, n, 2)
     position, marks = (x.permute(2, 0, 1).unflatten(0, (2, 3)) for x in (state.position, state.landmarks))
     for i in range(n):
@@ -315,47 +315,50 @@ def test_views_are_the_places(n):
 
 def test_without_noise_acting_is_what_training_does():
     args, env, nets, *_ = world()
-    state, obs = env.reset(script.make_generators(1, 2, "a", DEVICE))
+    state, obs = env.reset(script.envs.make_generators(1, 2, "a", DEVICE))
     for _ in range(3):  # agents come to have velocities
         state, obs, *_ = env.step(state, random(6, 4, 5).abs())
     obs = obs.unflatten(0, (2, 3))
     landmarks = state.landmarks.permute(2, 0, 1).unflatten(0, (2, 3)).unsqueeze(2)
     own = script.perceive(obs[..., :4], script.crowd_of(obs), landmarks, args)
     close(script.crowd_of(own).squeeze(2), state.position.permute(2, 0, 1).unflatten(0, (2, 3)))
-    z = script.respond(nets, "actor", own, script.crowd_of(own), landmarks, args)
-    found = script.act_on(nets, obs, env, args)
+    z = script.respond(nets, "actor", own, script.crowd_of(own), landmarks)
+    found = act_on(nets, obs, env, args)
     close(found, z)
     noisy = obs.clone()
     noisy[:, :, 1] += 0.1 * random(*obs[:, :, 1].shape)
-    moved = (script.act_on(nets, noisy, env, args) - found).abs().amax((0, 1, 3)) > 0
+    moved = (act_on(nets, noisy, env, args) - found).abs().amax((0, 1, 3)) > 0
     assert moved.tolist() == [False, True, False, False]  # the others do not see its noise
 
 
 # ------------------------------------------------------------------------------------------------------- regulariser
 
 
-def changes(role, nets, batch, action, args, rows=5):
-    if role == "critic":
-        return script.change_of_q(nets, batch, rows, action, args)
-    return script.change_of_actor(nets, batch, rows, args)
+def changes(role, nets, batch, action):
+    return script.change_of_q(nets, batch, action) if role == "critic" else script.change_of_actor(nets, batch)
 
 
-def regularize(role, nets, batch, noise, args, mode=None):
+def regularize(role, nets, batch, args, mode=None):
     """R [S, M] and delta."""
-    change = changes(role, nets, batch, batch["actions"], args)
-    crowd = script.crowd_of(batch["own"]).squeeze(2)[:, :5]
-    return script.crowd_regularizer(mode or args.regularizer, change, crowd, noise["crowd"], args)
+    part = first(batch)
+    change = changes(role, nets, part, part["actions"])
+    args = dataclasses.replace(args, regularizer=mode or args.regularizer)
+    return script.regularizer(change, part["own"][..., 2:4], part["crowd_noise"], args)
+
+
+def of_mode(args, mode):
+    return dataclasses.replace(args, regularizer=mode)
 
 
 def with_flat(nets, name, flat):
-    return nets | {name: script.MLP(flat, nets[name].sizes)}
+    return nets | {name: dataclasses.replace(nets[name], flat=flat)}
 
 
 @pytest.mark.parametrize("role", ROLES)
 def test_change_is_the_networks_written_out(role):
-    args, env, nets, _, batch, _ = world()
+    args, env, nets, batch = world()
     moved = batch["own"][:, :5, :, 2:4] + 0.2 * random(2, 5, 4, 2)
-    found = changes(role, nets, batch, batch["actions"], args)(moved)
+    found = changes(role, nets, first(batch), batch["actions"][:, :5])(moved)
     for s, m in itertools.product(range(2), range(5)):
         total = 0.0
         for n in range(4):
@@ -371,9 +374,9 @@ def test_change_is_the_networks_written_out(role):
         close(found[s, m], total)
 
 
-def exact_budget(delta, crowd, epsilon, args):
+def exact_budget(delta, crowd, args):
     """The projection that within_budget() approximates, found to the last digit; no gradient."""
-    move = delta.unflatten(-1, (-1, 2))
+    move, epsilon = delta.unflatten(-1, (-1, 2)), args.epsilon
     low = epsilon / move.norm(dim=-1).mean(-1).clamp_min(epsilon)
     high = torch.ones_like(low)
     for _ in range(40):
@@ -387,15 +390,15 @@ def exact_budget(delta, crowd, epsilon, args):
 @pytest.mark.parametrize("epsilon", [0.05, 0.4])
 def test_gradient_of_the_budget_is_that_of_the_exact_projection(epsilon):
     torch.set_default_dtype(torch.float64)
-    args = Args(transport_steps=60)
+    args = Args(transport_steps=60, epsilon=epsilon)
     _, crowd = clouds(0.1, 4, 20)
     delta, direction, weight = (random(20, 8, seed=k) for k in (5, 6, 7))
     leaf = delta.clone().requires_grad_()
-    projected = script.within_budget(leaf, crowd, epsilon, args)
-    close(projected.detach(), exact_budget(delta, crowd, epsilon, args), 0, 2e-3)
+    projected = script.within_budget(leaf, crowd, args)
+    close(projected.detach(), exact_budget(delta, crowd, args), 0, 2e-3)
     assert (projected - leaf).abs().amax(-1).gt(0.01).all()
     (grad,) = torch.autograd.grad((projected * weight).sum(), leaf)
-    measured = fourth_order(lambda h: (exact_budget(delta + h * direction, crowd, epsilon, args) * weight).sum(-1))
+    measured = fourth_order(lambda h: (exact_budget(delta + h * direction, crowd, args) * weight).sum(-1))
     predicted = (grad * direction).sum(-1)
     assert ((predicted - measured).norm() / measured.norm()).item() < 5e-3
 
@@ -408,12 +411,12 @@ CASES = [("penalty", 1), ("penalty", 3), ("budget", 1), ("budget", 3)]
 @pytest.mark.parametrize("role", ROLES)
 def test_hypergradient_is_the_derivative_of_the_whole_unroll(monkeypatch, role, transport, steps, part):
     options = dict(transport=transport, attack_steps=steps, epsilon=0.3, transport_coef=1e-3)
-    args, env, nets, _, batch, noise = world(**options)
+    args, env, nets, batch = world(**options)
     name = f"{role}_{part}"
     flat = nets[name].flat.detach().clone().requires_grad_()
-    value, delta = regularize(role, with_flat(nets, name, flat), batch, noise, args)
+    value, delta = regularize(role, with_flat(nets, name, flat), batch, args)
     (grad,) = torch.autograd.grad(value.mean(), flat, retain_graph=True)
-    leader, fixed = regularize(role, with_flat(nets, name, flat), batch, noise, args, "adversarial")
+    leader, fixed = regularize(role, with_flat(nets, name, flat), batch, args, "adversarial")
     (other,) = torch.autograd.grad(leader.mean(), flat)
     assert not fixed.requires_grad and value.mean() > 1e-4
     close(leader, value)
@@ -423,7 +426,7 @@ def test_hypergradient_is_the_derivative_of_the_whole_unroll(monkeypatch, role, 
     monkeypatch.setattr(script, "within_budget", exact_budget)
 
     def moved(h):
-        return regularize(role, with_flat(nets, name, flat.detach() + h * direction), batch, noise, args)[0].mean()
+        return regularize(role, with_flat(nets, name, flat.detach() + h * direction), batch, args)[0].mean()
 
     measured = fourth_order(moved, 1e-5).item()
     assert predicted == pytest.approx(measured, rel=1e-6 if transport == "penalty" else 1e-2)
@@ -433,13 +436,13 @@ def test_hypergradient_is_the_derivative_of_the_whole_unroll(monkeypatch, role, 
 @pytest.mark.parametrize("transport", ["penalty", "budget"])
 @pytest.mark.parametrize("role", ROLES)
 def test_adversarial_gradient_is_the_leader_term(role, transport):
-    args, env, nets, _, batch, noise = world(transport=transport)
-    _, delta = regularize(role, nets, batch, noise, args)
-    change = changes(role, nets, batch, batch["actions"], args)
+    args, env, nets, batch = world(transport=transport)
+    _, delta = regularize(role, nets, batch, args)
+    change = changes(role, nets, first(batch), batch["actions"][:, :5])
     leader = change(batch["own"][:, :5, :, 2:4] + delta.detach().unflatten(-1, (4, 2))).mean()
     flats = [nets[f"{role}_{part}"].flat for part in PARTS]
     expected = torch.autograd.grad(leader, flats)
-    actual = torch.autograd.grad(regularize(role, nets, batch, noise, args, "adversarial")[0].mean(), flats)
+    actual = torch.autograd.grad(regularize(role, nets, batch, args, "adversarial")[0].mean(), flats)
     for a, b in zip(actual, expected):
         close(a, b, 1e-9)
 
@@ -447,11 +450,11 @@ def test_adversarial_gradient_is_the_leader_term(role, transport):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("epsilon", [0.02, 0.3, 2.0])
 def test_budget_is_kept_and_used(epsilon, dtype):
-    args, count = Args(), 12
+    args, count = Args(epsilon=epsilon), 12
     for n, size in itertools.product((3, 15), (0.3, 1.0, 5.0, 100.0)):
         crowd = clouds("unrelated", n, count)[1].to(dtype)
         delta = size * epsilon * random(count, 2 * n, dtype=dtype)
-        found = script.within_budget(delta, crowd, epsilon, args)
+        found = script.within_budget(delta, crowd, args)
         after, before = (
             script.wasserstein(crowd + d.unflatten(-1, (n, 2)), crowd, args) / epsilon for d in (found, delta)
         )
@@ -467,11 +470,11 @@ def test_budget_is_kept_and_used(epsilon, dtype):
 @pytest.mark.parametrize("transport", ["penalty", "budget"])
 @pytest.mark.parametrize("role", ROLES)
 def test_attack_beats_a_random_direction(role, transport):
-    args, env, nets, _, batch, _ = world(transport=transport, transport_coef=1e-4, batch_size=30)
-    crowd, change = batch["own"][..., 2:4], changes(role, nets, batch, batch["actions"], args, 30)
+    args, env, nets, batch = world(transport=transport, transport_coef=1e-4, batch_size=30)
+    crowd, change = batch["own"][..., 2:4], changes(role, nets, batch, batch["actions"])
     found = {}
     for mode in ("random", "adversarial", "stackelberg"):
-        found[mode], delta = script.crowd_regularizer(mode, change, crowd, random(2, 30, 8), args)
+        found[mode], delta = script.regularizer(change, crowd, random(2, 30, 8), of_mode(args, mode))
         close(found[mode], change(crowd + delta.unflatten(-1, (4, 2))))
         if transport == "budget":
             moved = crowd + delta.detach().unflatten(-1, (4, 2))
@@ -484,8 +487,8 @@ def test_attack_beats_a_random_direction(role, transport):
 def test_transport_costs_the_adversary(role):
     paid = []
     for coef in (0.0, 1.0, 100.0):
-        args, env, nets, _, batch, noise = world(transport_coef=coef, attack_steps=5)
-        _, delta = regularize(role, nets, batch, noise, args)
+        args, env, nets, batch = world(transport_coef=coef, attack_steps=5)
+        _, delta = regularize(role, nets, batch, args)
         crowd = batch["own"][:, :5, :, 2:4]
         paid.append(exact_w(crowd + delta.detach().unflatten(-1, (4, 2)), crowd).mean().item())
     assert paid[0] > 1.2 * paid[1] and paid[1] >= 0.99 * paid[2] and paid[0] > 1.5 * paid[2]
@@ -495,7 +498,7 @@ def test_lengths_of_perturbations_that_need_no_gradient():
     args, crowd = Args(epsilon=0.4), random(2, 3000, 6, 2)
 
     def moves(mode):
-        _, delta = script.crowd_regularizer(mode, lambda c: c.sum((-1, -2)), crowd, random(2, 3000, 12), args)
+        _, delta = script.regularizer(lambda c: c.sum((-1, -2)), crowd, random(2, 3000, 12), of_mode(args, mode))
         return delta.unflatten(-1, (6, 2)).norm(dim=-1)
 
     assert moves("gaussian").mean().item() == pytest.approx(0.4, rel=0.01)
@@ -507,7 +510,7 @@ def test_the_start_and_the_steps_have_their_lengths():
     torch.set_default_dtype(torch.float64)
     args, crowd, slope = Args(epsilon=0.4, transport_coef=0.0), random(2, 5, 6, 2), random(12, seed=1)
     noise, length = random(2, 5, 12, seed=2), 0.4 * 6**0.5
-    _, delta = script.crowd_regularizer("adversarial", lambda c: (c.flatten(-2) * slope).sum(-1), crowd, noise, args)
+    _, delta = script.regularizer(lambda c: (c.flatten(-2) * slope).sum(-1), crowd, noise, of_mode(args, "adversarial"))
     close(delta, length * (0.5 * noise / noise.norm(dim=-1, keepdim=True) + 2.5 * slope / slope.norm()))
 
 
@@ -522,16 +525,12 @@ def test_mean_action_of_the_others():
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize("part", PARTS)
 def test_hypergradient_of_the_mean_action_regulariser(part, steps, regularizer):
-    args, env, nets, _, batch, noise = world(
-        mean_action_epsilon=0.5, attack_steps=steps, attack_lr=0.8, regularizer=regularizer
-    )
+    args, env, nets, batch = world(mean_action_epsilon=0.5, attack_steps=steps, attack_lr=0.8, regularizer=regularizer)
     name = f"critic_{part}"
     flat, direction = nets[name].flat.detach().clone().requires_grad_(), random(*nets[name].flat.shape, seed=11)
 
     def value(flat):
-        found = script.mean_action_regularizer(
-            with_flat(nets, name, flat), batch, batch["actions"], noise["mean_action"], args
-        )
+        found = script.mean_action_regularizer(with_flat(nets, name, flat), first(batch), args)
         assert found.shape == (2, 5)
         return found.mean()
 
@@ -542,13 +541,13 @@ def test_hypergradient_of_the_mean_action_regulariser(part, steps, regularizer):
 
 
 def test_mean_action_regulariser_is_exact_for_a_linear_critic():
-    args, env, nets, _, batch, noise = world(mean_action_epsilon=0.3, attack_steps=60, attack_lr=1.0, activation="relu")
+    args, env, nets, batch = world(mean_action_epsilon=0.3, attack_steps=60, attack_lr=1.0, activation="relu")
     head, k = nets["critic_head"], batch["own"].shape[-1]
-    (first, bias), (second, bias2), (third, _) = [[x.detach() for x in layer] for layer in head.layers()]
+    (weight, bias), (second, bias2), (third, _) = [[x.detach() for x in layer] for layer in head.layers()]
     bias.fill_(1e3)
     bias2.fill_(1e5)  # every hidden unit is active
-    slope = (third @ second @ first)[:, 0, k + 5 : k + 10]
-    found = script.mean_action_regularizer(nets, batch, batch["actions"], noise["mean_action"], args)
+    slope = (third @ second @ weight)[:, 0, k + 5 : k + 10]
+    found = script.mean_action_regularizer(nets, first(batch), args)
     exact = 0.09 * slope.square().sum(-1, keepdim=True).expand_as(found)
     assert (found <= exact * (1 + 1e-6)).all()
     close(found, exact, 1e-2)
@@ -569,7 +568,7 @@ def q_of(nets, who, s, n, own, landmarks, action, others):
 
 
 def test_critic_loss_written_out():
-    args, env, nets, _, batch, noise = world(regularizer="none", gamma=0.9, batch_size=4)
+    args, env, nets, batch = world(regularizer="none", gamma=0.9, batch_size=4)
     batch["terminated"] = torch.tensor([[0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 1.0]], device=DEVICE)
     total = 0.0
     for s, m in itertools.product(range(2), range(4)):
@@ -581,24 +580,24 @@ def test_critic_loss_written_out():
                 target = target + 0.9 * q_of(nets, "critic_target", s, n, after, marks, then, then)
             action = batch["actions"][s, m]
             total += (q_of(nets, "critic", s, n, own, marks, action, action) - target.detach()) ** 2 / 16
-    loss, metrics = script.mean_field_critic_loss(nets, batch, noise, env, args)
+    loss, metrics = script.critic_loss(nets, batch, env, args)
     close(loss, total)
     close(metrics["losses/critic_loss"].sum(), total.detach())
-    assert noise == {} and metrics.keys() == {"losses/critic_loss", "losses/q_values"}
+    assert "crowd_noise" not in batch and metrics.keys() == {"losses/critic_loss", "losses/q_values"}
     flats = [nets[f"critic_{part}"].flat for part in PARTS]
     for a, b in zip(torch.autograd.grad(loss, flats), torch.autograd.grad(total, flats)):
         close(a, b)
 
 
 def test_actor_loss_written_out():
-    args, env, nets, _, batch, noise = world(regularizer="none", policy_l2=0.1, batch_size=4)
+    args, env, nets, batch = world(regularizer="none", policy_l2=0.1, batch_size=4)
     total = 0.0
     for s, m in itertools.product(range(2), range(4)):
         own, marks = batch["own"][s, m], batch["landmarks"][s, m, 0]
         action, z = greedy(nets, "actor", s, own, marks, env)
         q = [q_of(nets, "critic", s, n, own, marks, action, action.detach()) for n in range(4)]
         total += -sum(q) / 16 + 0.1 * z.square().mean() / 4
-    loss, _ = script.mean_field_actor_loss(nets, batch, noise, env, args)
+    loss, _ = script.actor_loss(nets, batch, env, args)
     close(loss, total)
     flats = [nets[f"actor_{part}"].flat for part in PARTS]
     expected = torch.autograd.grad(total, flats)
@@ -611,21 +610,21 @@ def test_actor_loss_written_out():
 @pytest.mark.parametrize("regularize_what", ["critic", "actor", "both"])
 @pytest.mark.parametrize("mode", ["gaussian", "random", "adversarial", "stackelberg"])
 def test_losses_have_lambda_times_the_regulariser(mode, regularize_what):
-    args, env, nets, _, batch, noise = world(regularizer=mode, regularize=regularize_what, reg_coef=0.7)
+    args, env, nets, batch = world(regularizer=mode, regularize=regularize_what, reg_coef=0.7)
     bare = dataclasses.replace(args, regularizer="none")
     crowd = script.crowd_of(batch["own"])
-    z = script.respond(nets, "actor", batch["own"], crowd, batch["landmarks"], args)
-    now = {"critic": script.squash_agents(z, env).detach(), "actor": None}  # Q at the policy's actions
+    z = script.respond(nets, "actor", batch["own"], crowd, batch["landmarks"])
+    now = {"critic": script.squash(z, env).detach()}  # Q at the policy's actions
     for role in ROLES:
-        loss = getattr(script, f"mean_field_{role}_loss")
+        loss = getattr(script, f"{role}_loss")
         flats = [nets[f"{role}_{part}"].flat for part in PARTS]
-        full, metrics = loss(nets, batch, noise, env, args)
-        expected, _ = loss(nets, batch, noise, env, bare)
+        full, metrics = loss(nets, batch, env, args)
+        expected, _ = loss(nets, batch, env, bare)
         name = f"ernie/{role}_regularizer"
         assert (name in metrics) == (regularize_what in (role, "both"))
         if name in metrics:
-            change = changes(role, nets, batch, now[role], args)
-            change, _ = script.crowd_regularizer(mode, change, crowd.squeeze(2)[:, :5], noise["crowd"], args)
+            change = changes(role, nets, first(batch), now["critic"][:, :5])
+            change, _ = script.regularizer(change, crowd.squeeze(2)[:, :5], batch["crowd_noise"], args)
             close(metrics[name], change.detach().mean(1))
             expected = expected + 0.7 * change.mean(1).sum()
         close(full, expected)
@@ -634,34 +633,34 @@ def test_losses_have_lambda_times_the_regulariser(mode, regularize_what):
 
 
 def test_mean_action_regulariser_is_in_the_critic_loss():
-    args, env, nets, _, batch, noise = world(regularizer="none", mean_action_epsilon=0.2, reg_coef=0.7)
-    full, metrics = script.mean_field_critic_loss(nets, batch, noise, env, args)
-    bare, _ = script.mean_field_critic_loss(nets, batch, {}, env, dataclasses.replace(args, mean_action_epsilon=0.0))
-    change = script.mean_action_regularizer(nets, batch, batch["actions"], noise["mean_action"], args).mean(1)
+    args, env, nets, batch = world(regularizer="none", mean_action_epsilon=0.2, reg_coef=0.7)
+    full, metrics = script.critic_loss(nets, batch, env, args)
+    bare, _ = script.critic_loss(nets, batch, env, dataclasses.replace(args, mean_action_epsilon=0.0))
+    change = script.mean_action_regularizer(nets, first(batch), args).mean(1)
     close(full, bare + 0.7 * change.sum())
     close(metrics["ernie/mean_action_regularizer"], change.detach())
     assert (change > 0).all()
 
 
 def test_update_steps_and_target_networks():
-    args, env, nets, _, batch, noise = world(tau=0.3, max_grad_norm=1e-3)
+    args, env, nets, batch = world(tau=0.3, max_grad_norm=1e-3)
     optimizers = {role: torch.optim.SGD([nets[f"{role}_{part}"].flat for part in PARTS], 1.0) for role in ROLES}
     before = {name: net.flat.detach().clone() for name, net in nets.items()}
-    losses = {role: getattr(script, f"mean_field_{role}_loss") for role in ROLES}
-    metrics = script.update_mean_field(nets, optimizers, losses, batch, noise, env, args)
+    losses = {role: getattr(script, f"{role}_loss") for role in ROLES}
+    metrics = script.update(nets, optimizers, losses, batch, env, args)
     for role, part in itertools.product(ROLES, PARTS):
         name = f"{role}_{part}"
         step = (nets[name].flat.detach() - before[name]).norm(dim=1)
         close(step, torch.full_like(step, 1e-3), 1e-6)  # clipped, each seed and network on its own
-        expected = 0.7 * before[f"{name}_target"] + 0.3 * nets[name].flat.detach()
-        close(nets[f"{name}_target"].flat, expected)
+        expected = 0.7 * before[f"{role}_target_{part}"] + 0.3 * nets[name].flat.detach()
+        close(nets[f"{role}_target_{part}"].flat, expected)
     assert {"losses/critic_loss", "losses/actor_loss", "ernie/actor_regularizer"} <= metrics.keys()
 
 
 def test_first_networks():
     args = Args(**SMALL | dict(num_seeds=2, hidden_size=64))
-    env = script.make_crowd_env(args, 2, DEVICE)
-    nets, optimizers = script.make_mean_field(env, args)
+    env = script.make_env(args, 2, DEVICE)
+    nets, optimizers = script.make_nets(env, args)
     for role, own, out in (("actor", 14, 5), ("critic", 24, 1)):
         assert nets[f"{role}_head"].sizes == [own + 128, 64, 64, out]
         assert nets[f"{role}_crowd"].sizes == nets[f"{role}_landmarks"].sizes == [2, 64, 64]
@@ -670,29 +669,27 @@ def test_first_networks():
             id(nets[f"{role}_{part}"].flat) for part in PARTS
         ]
         for part in PARTS:
-            assert torch.equal(nets[f"{role}_{part}"].flat, nets[f"{role}_{part}_target"].flat)
-    alone, _ = script.make_mean_field(env, dataclasses.replace(args, seed=2, num_seeds=1))
+            assert torch.equal(nets[f"{role}_{part}"].flat, nets[f"{role}_target_{part}"].flat)
+    alone, _ = script.make_nets(env, dataclasses.replace(args, seed=2, num_seeds=1))
     for name, net in nets.items():
         assert torch.equal(net.flat[1:], alone[name].flat) and len(net.flat) == 2
 
 
 def test_diagnostics_are_what_they_say():
-    args, env, nets, _, batch, noise = world(attack_steps=2)
-    found = script.diagnose_crowd(nets, batch, noise["crowd"], env, args)
-    crowd = batch["own"][:, :5, :, 2:4]
-    z = script.respond(nets, "actor", batch["own"], script.crowd_of(batch["own"]), batch["landmarks"], args)
+    args, env, nets, batch = world(attack_steps=2)
+    found = script.diagnose(nets, batch, env, args)
+    part = first(batch)
+    crowd, noise = part["own"][..., 2:4], part["crowd_noise"]
+    z = script.respond(nets, "actor", part["own"], script.crowd_of(part["own"]), part["landmarks"])
     for role in ROLES:
-        change, flat = (
-            changes(role, nets, batch, script.squash_agents(z, env).detach(), args),
-            nets[f"{role}_head"].flat,
-        )
-        value, delta = script.crowd_regularizer("stackelberg", change, crowd, noise["crowd"], args)
+        change, flat = changes(role, nets, part, script.squash(z, env).detach()), nets[f"{role}_head"].flat
+        value, delta = script.regularizer(change, crowd, noise, of_mode(args, "stackelberg"))
         close(found[f"ernie/{role}_attack"], value.detach().mean(1))
-        at_random, _ = script.crowd_regularizer("random", change, crowd, noise["crowd"], args)
+        at_random, _ = script.regularizer(change, crowd, noise, of_mode(args, "random"))
         close(found[f"ernie/{role}_random_direction"], at_random.detach().mean(1))
         moved = crowd + delta.detach().unflatten(-1, (4, 2))
         close(found[f"ernie/{role}_wasserstein"], exact_w(moved, crowd).mean(1), 1e-2)
-        leader = script.crowd_regularizer("adversarial", change, crowd, noise["crowd"], args)[0]
+        leader = script.regularizer(change, crowd, noise, of_mode(args, "adversarial"))[0]
         a, b = (torch.autograd.grad(x.mean(1).sum(), flat, retain_graph=True)[0] for x in (leader, value))
         close(found[f"ernie/{role}_interaction_ratio"], (b - a).norm(dim=1) / a.norm(dim=1), 1e-7)
         cosine = ((b - a) * a).sum(1) / (b - a).norm(dim=1) / a.norm(dim=1)
@@ -701,11 +698,11 @@ def test_diagnostics_are_what_they_say():
 
 def test_losses_compile_to_the_same_gradients():
     """Without breaks in the graph, which is what --compile asks for; without its slow code generator."""
-    args, env, nets, _, batch, noise = world(transport_steps=2, attack_steps=1, reg_coef=1.0)
+    args, env, nets, batch = world(transport_steps=2, attack_steps=1, reg_coef=1.0)
     for role in ROLES:
-        loss, flats = getattr(script, f"mean_field_{role}_loss"), [nets[f"{role}_{part}"].flat for part in PARTS]
+        loss, flats = getattr(script, f"{role}_loss"), [nets[f"{role}_{part}"].flat for part in PARTS]
         compiled = torch.compile(loss, fullgraph=True, backend="eager")
-        expected, found = (torch.autograd.grad(f(nets, batch, noise, env, args)[0], flats) for f in (loss, compiled))
+        expected, found = (torch.autograd.grad(f(nets, batch, env, args)[0], flats) for f in (loss, compiled))
         for a, b in zip(found, expected):
             close(a, b, 1e-8)
 
@@ -715,19 +712,15 @@ def test_losses_compile_to_the_same_gradients():
 
 def test_replay_has_what_the_environment_did():
     args, env, nets, *_ = world()
-    replay = script.make_crowd_replay(env, 2, 9)
-    returns = script.rollout_crowd(
-        env.step, env, nets, replay, 3, 0.4, script.make_generators(5, 2, "test", DEVICE), args
-    )
-    for name, tensor in replay.items():
-        assert (tensor[:, :3] == 0).all() and (tensor[:, 6:] == 0).all() and (name == "terminated" or tensor.any())
-    part = {name: tensor[:, 3:6] for name, tensor in replay.items()}
-    state, obs = env.reset(script.make_generators(5, 2, "test", DEVICE))
+    part = script.rollout(env.step, env, nets, 0.4, script.envs.make_generators(5, 2, "test", DEVICE), args)
+    replay = script.make_replay(env, 2, 3)
+    assert {name: x.shape for name, x in part.items()} == {name: x.shape for name, x in replay.items()}
+    state, obs = env.reset(script.envs.make_generators(5, 2, "test", DEVICE))
     spread = []
     for t in range(env.horizon):
         obs = obs.unflatten(0, (2, 3))
         close(part["body"][:, :, t], obs[..., :4])
-        policy = script.squash_agents(script.act_on(nets, obs, env, args), env)
+        policy = script.squash(act_on(nets, obs, env, args), env)
         actions = part["actions"][:, :, t]
         assert (actions >= 0).all() and (actions <= 1).all()
         spread.append((actions - policy)[(actions > 0) & (actions < 1)])
@@ -735,32 +728,30 @@ def test_replay_has_what_the_environment_did():
         close(part["rewards"][:, :, t], reward.unflatten(0, (2, 3)))
     close(part["body"][:, :, -1], obs.unflatten(0, (2, 3))[..., :4])
     close(part["landmarks"], state.landmarks.permute(2, 0, 1).unflatten(0, (2, 3)))
-    close(returns, part["rewards"].sum(2).mean(1))
     assert torch.cat(spread).std().item() == pytest.approx(0.2, abs=0.05)  # in half-widths, less what is cut off
 
 
 def test_without_exploration_the_policy_acts():
     args, env, nets, *_ = world()
-    replay = script.make_crowd_replay(env, 2, 3)
-    script.rollout_crowd(env.step, env, nets, replay, 0, 0.0, script.make_generators(5, 2, "test", DEVICE), args)
+    replay = script.rollout(env.step, env, nets, 0.0, script.envs.make_generators(5, 2, "test", DEVICE), args)
     body, marks = replay["body"][:, :, 7], replay["landmarks"].unsqueeze(2)
     own = script.perceive(body, script.crowd_of(body), marks, args)
-    z = script.respond(nets, "actor", own, script.crowd_of(own), marks, args)
-    close(replay["actions"][:, :, 7], script.squash_agents(z, env))
+    z = script.respond(nets, "actor", own, script.crowd_of(own), marks)
+    close(replay["actions"][:, :, 7], script.squash(z, env))
 
 
 def test_sampled_transitions_are_those_of_the_replay():
     """Every number tells its seed, episode, step and agent."""
-    args = Args(**SMALL | dict(num_seeds=3))
-    env = script.make_crowd_env(args, 3, DEVICE)
-    replay = script.make_crowd_replay(env, 3, 8)
+    args = Args(**SMALL | dict(num_seeds=3, batch_size=2000, nearest_landmarks=0, nearest_agents=0))
+    env = script.make_env(args, 3, DEVICE)
+    replay = script.make_replay(env, 3, 8)
     for tensor in replay.values():
         shape, names = tensor.shape, [1e6, 1e4, 1e2, 1]
         if tensor is replay["landmarks"]:
             names = [1e6, 1e4, 1]
         for axis, (size, unit) in enumerate(zip(shape, names)):
             tensor += unit * torch.arange(size, device=DEVICE).view(-1, *[1] * (tensor.ndim - axis - 1))
-    batch = script.sample_crowds(replay, 5, 2000, script.make_generators(0, 3, "test", DEVICE))
+    batch = script.sample(replay, 5, args, script.envs.make_generators(0, 3, "test", DEVICE))
     code = batch["terminated"]  # [S, M]
     seed, episode, step = code // 1e6, code % 1e6 // 1e4, code % 1e4 // 1e2
     assert (seed == torch.arange(3, device=DEVICE)[:, None]).all()
@@ -769,7 +760,7 @@ def test_sampled_transitions_are_those_of_the_replay():
     assert episode.max() == 4 and step.max() == env.horizon - 1
     agents = torch.arange(3, device=DEVICE).float()
     assert torch.equal(batch["rewards"], code[..., None] + agents)
-    for name, later in (("body", 0), ("next_body", 100)):
+    for name, later in (("own", 0), ("next_own", 100)):
         assert batch[name].shape == (3, 2000, 3, 4)
         assert torch.equal(batch[name], (code[..., None] + agents + later)[..., None].expand(-1, -1, -1, 4))
     assert torch.equal(batch["actions"], (code[..., None] + agents)[..., None].expand(-1, -1, -1, 5))
@@ -780,11 +771,11 @@ def test_sampled_transitions_are_those_of_the_replay():
 
 def test_draws_are_only_those_that_are_needed():
     env = SimpleNamespace(num_agents=3, action_mask=torch.ones(3, 5))
-    streams = script.make_generators(0, 2, "test", DEVICE)
-    on = script.draw_moves(streams, env, Args(**SMALL | dict(mean_action_epsilon=0.1)))
-    assert on["crowd"].shape == (2, 4, 6) and on["mean_action"].shape == (2, 4, 3, 5)
-    assert script.draw_moves(streams, env, Args(**SMALL | dict(reg_batch_size=99)))["crowd"].shape == (2, 8, 6)
-    assert script.draw_moves(streams, env, Args(**SMALL | dict(regularizer="none"))) == {}
+    streams = script.envs.make_generators(0, 2, "test", DEVICE)
+    noise = script.draw_noise(streams, env, Args(**SMALL | dict(mean_action_epsilon=0.1)))
+    assert noise["crowd_noise"].shape == (2, 4, 6) and noise["mean_action_noise"].shape == (2, 4, 3, 5)
+    assert script.draw_noise(streams, env, Args(**SMALL | dict(reg_batch_size=99)))["crowd_noise"].shape == (2, 8, 6)
+    assert script.draw_noise(streams, env, Args(**SMALL | dict(regularizer="none"))) == {}
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -794,12 +785,12 @@ def short_train(tmp_path, name, small=SMALL, **options):
     """(args, env, nets, rows of metrics.csv)."""
     args = Args(**(small | options))
     script.setup(args)
-    env = script.make_crowd_env(args, args.num_seeds * args.num_envs, DEVICE)
-    nets, optimizers = script.make_mean_field(env, args)
-    folder = tmp_path / name
-    folder.mkdir()
-    assert script.train(env, nets, optimizers, args, folder, [])
-    return args, env, nets, list(csv.DictReader(open(folder / "metrics.csv")))
+    env = script.make_env(args, args.num_seeds * args.num_envs, DEVICE)
+    nets, optimizers = script.make_nets(env, args)
+    run = runs.Run(tmp_path / name, [{"seed": seed} for seed in args.seeds])
+    run.dir.mkdir()
+    script.train(env, nets, optimizers, args, run, {})
+    return args, env, nets, run.rows
 
 
 @pytest.mark.parametrize("options", [{}, dict(transport="budget", mean_action_epsilon=0.1)])
@@ -809,18 +800,18 @@ def test_a_seed_does_not_depend_on_the_others(tmp_path, options):
         _, _, alone, own = short_train(tmp_path, f"alone{k}", seed=5 + k, **options)
         for name in alone:
             assert alike(alone[name].flat, together[name].flat[k : k + 1])
-        assert alike(without_speed(own), without_speed([row for row in rows if row["seed"] == str(5 + k)]))
+        assert alike(without_speed(own), without_speed([row for row in rows if row["seed"] == 5 + k]))
 
 
 def test_other_seeds_data_do_not_matter():
-    args, env, nets, _, batch, noise = world()
+    args, env, nets, batch = world()
     for role in ROLES:
         flats = [nets[f"{role}_{part}"].flat for part in PARTS]
-        loss = partial(getattr(script, f"mean_field_{role}_loss"), nets, env=env, args=args)
+        loss = partial(getattr(script, f"{role}_loss"), nets, env=env, args=args)
         grads = []
         for shift in (0.0, 1.0):
             other = {name: torch.cat([value[:1], value[1:] + shift]) for name, value in batch.items()}
-            grads.append(torch.autograd.grad(loss(other, noise)[0], flats))
+            grads.append(torch.autograd.grad(loss(other)[0], flats))
         for a, b in zip(*grads):
             assert torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1])
 
@@ -844,10 +835,10 @@ MODES = [
 @pytest.mark.parametrize("options", MODES, ids=lambda v: "-".join(map(str, v.values())))
 def test_every_option_trains(tmp_path, options):
     args, env, nets, rows = short_train(tmp_path, "run", total_timesteps=100, log_interval=50, **options)
-    fresh, _ = script.make_mean_field(env, args)
+    fresh, _ = script.make_nets(env, args)
     for name in nets:
         assert (nets[name].flat != fresh[name].flat).any(), name
-    assert [row["global_step"] for row in rows] == ["100"] and all(math.isfinite(float(v)) for v in rows[0].values())
+    assert [row["global_step"] for row in rows] == [100] and all(math.isfinite(float(v)) for v in rows[0].values())
     regularized = {"critic", "actor"} if args.regularize == "both" else {args.regularize}
     for role in ROLES:
         name = f"ernie/{role}_regularizer"
@@ -867,9 +858,9 @@ def test_compiled_functions_are_those_that_train(tmp_path, monkeypatch, regulari
 
     monkeypatch.setattr(script.torch, "compile", compile)
     short_train(tmp_path, "run", compile=True, total_timesteps=100, regularizer=regularizer)
-    names = ["step", "mean_field_critic_loss", "mean_field_actor_loss"]
+    names = ["critic_loss", "actor_loss", "step"]
     if regularizer != "none" and DEVICE.type == "cpu":
-        names = names[:1]
+        names = names[2:]
     assert asked == [(name, True) for name in names] and called == set(names)
 
 
@@ -885,322 +876,90 @@ def test_switched_off_regulariser_is_the_baseline(tmp_path, off):
 
 def test_one_network_serves_any_number_of_agents():
     args = Args(**SMALL)
-    nets, _ = script.make_mean_field(script.make_crowd_env(args, 2, DEVICE), args)
+    nets, _ = script.make_nets(script.make_env(args, 2, DEVICE), args)
     for n in (3, 6, 15):
-        env = script.make_crowd_env(args, 2, DEVICE, "agents", float(n))
-        _, obs = env.reset(script.make_generators(0, 1, "test", DEVICE))
-        z = script.act_on(nets, obs.unsqueeze(0), env, args)
+        env = script.make_env(dataclasses.replace(args, num_agents=n), 2, DEVICE)
+        _, obs = env.reset(script.envs.make_generators(0, 1, "test", DEVICE))
+        z = act_on(nets, obs.unsqueeze(0), env, args)
         assert z.shape == (1, 2, n, 5) and z.isfinite().all() and z.std(2).min() > 0
 
 
 def test_returns_are_the_sums_of_rewards():
     args, env, nets, *_ = world()
-    frames = []
-    found = script.crowd_returns(env, nets, args, script.make_generators(2, 2, "test", DEVICE), frames=frames)
-    state, obs = env.reset(script.make_generators(2, 2, "test", DEVICE))
+    policy = script.trained_policy(nets, env, args)
+    found = robustness.evaluate(env, policy, script.envs.make_generators(2, 2, "test", DEVICE)).mean(2)
+    state, obs = env.reset(script.envs.make_generators(2, 2, "test", DEVICE))
     total = torch.zeros(6, device=DEVICE)
     for _ in range(25):
-        action = script.squash_agents(script.act_on(nets, obs.unflatten(0, (2, 3)), env, args), env)
+        action = script.squash(act_on(nets, obs.unflatten(0, (2, 3)), env, args), env)
         state, obs, reward, *_ = env.step(state, action.flatten(0, 1))
         total += sum(reward[:, n] for n in range(4)) / 4
     close(found, total.view(2, 3))
-    assert len(frames) == 25
 
 
-@pytest.mark.parametrize("family", ["gaussian", "uniform", "mad", "random_action", *script.DYNAMICS])
+@pytest.mark.parametrize("family", script.SWEEP)
 def test_perturbations_change_returns(family):
     args = Args(**SMALL)
-    nets, _ = script.make_mean_field(script.make_crowd_env(args, 2, DEVICE), args)
-    found = []
-    for strength in (0.0, 0.5, 0.5) if family not in script.DYNAMICS else (1.0, 4.0, 4.0):
-        env = script.make_crowd_env(args, 8, DEVICE, family, strength)
-        streams = script.make_generators(2, 1, "test", DEVICE)
-        found.append(script.crowd_returns(env, nets, args, streams, family, strength))
+    env = script.make_env(args, 8, DEVICE)
+    nets, _ = script.make_nets(env, args)
+    make_policy, found = partial(script.trained_policy, nets, args=args), []
+    is_factor = family in ("damping", "mass", "max_speed_scale", "contact_force")
+    for strength in (1.0, 4.0, 4.0) if is_factor else (0.0, 0.5, 0.5):
+        other = robustness.changed(env, family, strength, 1)
+        streams = script.envs.make_generators(2, 1, "test", DEVICE)
+        found.append(robustness.evaluate(other, make_policy(other), streams, family, strength).mean(2))
     assert torch.equal(found[1], found[2]) and found[0].shape == (1, 8)
     assert torch.equal(found[0], found[1]) == (family == "max_speed_scale")  # spread has no speed limit
 
 
+def test_the_report_has_other_crowds_with_as_many_agents_in_all():
+    args = Args(**SMALL | dict(num_seeds=2))
+    env = script.make_env(args, 10, DEVICE)
+    nets, _ = script.make_nets(env, args)
+    make_policy = partial(script.trained_policy, nets, args=args)
+    rows = robustness.sweep(env, make_policy, {"agents": (3, 6, 15)}, [1, 2], per_agent=False)
+    points = [(row["perturbation"], row["strength"], row["episodes"]) for row in rows[::2]]
+    assert points == [("clean", 0.0, 5), ("agents", 3, 5), ("agents", 6, 2), ("agents", 15, 1)]
+    assert [row["return"] for row in rows[:2]] == [row["return"] for row in rows[2:4]]  # the same episodes
+
+
 def test_worst_observations_are_in_the_ball_and_beat_random_ones():
     args, env, nets, *_ = world()
-    _, obs = env.reset(script.make_generators(2, 2, "test", DEVICE))
-    obs, streams = obs.unflatten(0, (2, 3)), script.make_generators(3, 2, "test", DEVICE)
-    delta = script.mad_attack(nets, obs, 0.3, streams, env, args) - obs
+    _, obs = env.reset(script.envs.make_generators(2, 2, "test", DEVICE))
+    obs = script.envs.by_agent(obs, 2)
+    policy, streams = script.trained_policy(nets, env, args), script.envs.make_generators(3, 2, "test", DEVICE)
+    with torch.no_grad():
+        delta = robustness.worst_observations(env, policy, "mad", obs, 0.3, streams) - obs
     assert delta.norm(dim=-1).max() <= 0.3 * (1 + 1e-9) and (delta[..., 2 + 4 * 4 :] == 0).all()
     live = torch.arange(obs.shape[-1], device=DEVICE) < 18
-    at_random = script.rescale(random(*obs.shape) * live, 0.3, "l2")
-    z = script.act_on(nets, obs, env, args)
-    worst, usual = ((script.act_on(nets, obs + d, env, args) - z).square().mean() for d in (delta, at_random))
+    at_random = perturb.rescale(random(*obs.shape) * live, 0.3, "l2")
+    clean = policy.output(obs)
+    worst, usual = (policy.divergence(policy.output(obs + d), clean).mean() for d in (delta, at_random))
     assert worst > 2 * usual
 
 
-def with_small(flags, small=SMALL) -> list[str]:
-    """These flags after those of `small`, which go with neither --resume nor --evaluate."""
-    again, given = any(str(flag).startswith(("--resume", "--evaluate")) for flag in flags), []
-    for k, v in {} if again else small.items():
-        flag = f"--{'no-' * (v is False)}{k.replace('_', '-')}"
-        given += [flag, *map(str, v)] if isinstance(v, tuple) else [flag if isinstance(v, bool) else f"{flag}={v}"]
-    return [*(["--no-track"] if again else given), *map(str, flags)]
-
-
-def main_with(monkeypatch, *flags, small=SMALL):
-    """main() in this process with the flags of `small` and these; None, or the exit code."""
-    monkeypatch.setattr(sys, "argv", ["ernie_meanfield.py", *with_small(flags, small)])
-    try:
-        return script.main()
-    except SystemExit as stop:
-        return stop.code
-
-
-def fake_wandb(monkeypatch):
-    logged = [[], []]
-    runs = [SimpleNamespace(log=lambda row, step=0, k=k: logged[k].append(row), finish=lambda: None) for k in range(2)]
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Table=dict, Image=str))
-    monkeypatch.setattr(script, "start_wandb", lambda *rest: runs)
-    return logged
-
-
-def test_a_whole_run_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
-    logged = fake_wandb(monkeypatch)
-    flags = (f"--runs-dir={tmp_path}", "--num-seeds=2", "--capture-video", "--eval-agents", "3", "6", "15")
-    assert main_with(monkeypatch, *flags) is None
-    folder, out = only(tmp_path), capsys.readouterr().out
-    assert folder.name.startswith("simple_spread_v3__ernie_meanfield__1__")
-    about = json.loads((folder / "args.json").read_text())
-    assert about["versions"]["torch"] == version("torch") and about["num_agents"] == 3
-    for name in ("metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "robustness.png"):
-        assert (folder / name).stat().st_size > 0
-    with Image.open(folder / "videos" / "episode.gif") as film:
-        assert 4 < film.n_frames <= 25  # equal ones are one
-    metrics = list(csv.DictReader(open(folder / "metrics.csv")))
-    assert [(row["global_step"], row["seed"]) for row in metrics] == list(itertools.product(("100", "200"), ("1", "2")))
-    text = (folder / "robustness.csv").read_text()
-    rows = list(csv.DictReader(text.splitlines()))
-    points = [("clean", "0.0"), *((f, str(s)) for f in script.SWEEP for s in script.SWEEP[f] if f != "max_speed_scale")]
-    points += [("agents", n) for n in ("3", "6", "15")]
-    for seed in ("1", "2"):
-        own = [(row["perturbation"], row["strength"]) for row in rows if row["seed"] == seed]
-        assert sorted(own) == sorted(points)
-    assert all(math.isfinite(float(row["return"])) for row in rows)
-    assert {row["episodes"] for row in rows if row["perturbation"] != "agents"} == {"2"}
-    agents = [(row["strength"], row["episodes"], row["return"]) for row in rows if row["perturbation"] == "agents"]
-    assert [a[:2] for a in agents] == [(n, k) for n, k in (("3", "2"), ("6", "1"), ("15", "1")) for _ in range(2)]
-    clean = [row["return"] for row in rows if row["perturbation"] == "clean"]
-    assert [a[2] for a in agents[:2]] == clean  # as many agents as in training, the same episodes
-    assert all(family in out for family, _ in points)
-    assert all(len(of_run) == 3 and "eval/episodic_return" in of_run[1] for of_run in logged)
-    assert all(len(of_run[2]["robustness"]["data"]) == len(points) for of_run in logged)
-    assert main_with(monkeypatch, f"--evaluate={folder}", "--no-capture-video") is None
-    assert (folder / "robustness.csv").read_text() == text  # the same policies, the same episodes
-    monkeypatch.setattr(script, "SWEEP", {})
-    flags = ("--eval-episodes=4", "--eval-agents", "4", "--no-capture-video")
-    assert main_with(monkeypatch, f"--evaluate={folder}", *flags) is None  # flags beat the saved values
-    rows = list(csv.DictReader(open(folder / "robustness.csv")))
-    assert [(row["perturbation"], row["episodes"]) for row in rows[::2]] == [("clean", "4"), ("agents", "3")]
-
-
-LONG = SMALL | dict(num_envs=1, buffer_size=100, total_timesteps=1500, checkpoint_interval=125, log_interval=700)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """The folder of a run of sixty iterations with checkpoints in between."""
-    folder = tmp_path_factory.mktemp("whole")
-    short_train(folder, "run", LONG)
-    return folder / "run"
-
-
-def flatten(value) -> list:
-    if isinstance(value, dict | list | tuple):
-        return [part for item in (value.values() if isinstance(value, dict) else value) for part in flatten(item)]
-    return [value]
-
-
-def assert_same_run(folder, reference):
-    """On a GPU nearly: of two equal runs one weight in a thousand was seen to differ in its last bit."""
-    ours, theirs = (list(csv.DictReader(open(f / "metrics.csv"))) for f in (folder, reference))
-    assert alike(without_speed(ours), without_speed(theirs)) and len(ours) == 3
-    ours, theirs = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, reference))
-    for part in ("nets", "optimizers", "streams", "replay", "iteration", "num_updates"):
-        a, b = flatten(ours[part]), flatten(theirs[part])
-        assert alike(a, b), part
-
-
-def without_report(monkeypatch):
-    monkeypatch.setattr(script, "crowd_report", lambda *rest: None)
-
-
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, uninterrupted):
-    process = start_script("ernie_meanfield.py", *with_small([f"--runs-dir={tmp_path}"], LONG))
-    until = time.time() + 120
-    while not list(tmp_path.glob("*/checkpoint.previous.pt")) and process.poll() is None and time.time() < until:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    folder = only(tmp_path)
-    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert 0 < saved["iteration"] < 60
-    with open(folder / "metrics.csv", "a") as file:
-        file.write("1,99")  # what a kill in the middle of a write leaves
-    without_report(monkeypatch)
-    assert main_with(monkeypatch, f"--resume={folder}") is None
-    assert_same_run(folder, uninterrupted)
-
-
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_goes_on(tmp_path, monkeypatch, capsys, uninterrupted, how):
-    calls, real = [], script.rollout_crowd
-
-    def rollout_crowd(*rest):
-        calls.append(1)
-        if len(calls) == 33:  # neither a row nor a checkpoint is due
-            os.kill(os.getpid(), how)
-        return real(*rest)
-
-    monkeypatch.setattr(script, "rollout_crowd", rollout_crowd)
-    without_report(monkeypatch)
-    assert main_with(monkeypatch, f"--runs-dir={tmp_path}", small=LONG) == 130
-    folder = only(tmp_path)
-    assert f"--resume {folder}" in capsys.readouterr().err and len(calls) == 33
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["iteration"] == 33
-    assert main_with(monkeypatch, f"--resume={folder}") is None and len(calls) == 60
-    assert_same_run(folder, uninterrupted)
-
-
-def test_two_ranks_train_one_policy(tmp_path):
-    flags = with_small([f"--runs-dir={tmp_path}", "--no-cuda"], SMALL | dict(checkpoint_interval=1000))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    finish(subprocess.Popen([*launch, str(ROOT / "ernie_meanfield.py"), *flags], stderr=subprocess.PIPE, text=True))
-    folder = only(tmp_path)
-    a, b = (torch.load(folder / n, weights_only=True) for n in ("checkpoint.pt", "checkpoint_rank1.pt"))
-    assert a["iteration"] == b["iteration"] == 4 and a["num_updates"] == 3
-    assert all(torch.equal(x, y) for x, y in zip(flatten(a["nets"]), flatten(b["nets"]), strict=True))
-    assert not torch.equal(a["replay"]["body"], b["replay"]["body"]) and (folder / "robustness.csv").exists()
-
-
-def test_gradients_are_means_over_the_ranks(monkeypatch):
-    """Two ranks played by one: all_reduce adds what the other would send, three times ours."""
-    monkeypatch.setattr(script.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(script.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(script.dist, "all_reduce", lambda x: x.mul_(4))
-    net = script.MLP(torch.zeros(2, 6, requires_grad=True), [2, 2])
-    script.descend((0.01 * net.flat).sum(), [net], torch.optim.SGD([net.flat], 1.0), max_grad_norm=10.0)
-    close(net.flat.detach(), torch.full((2, 6), -0.02))
-
-
-# ----------------------------------------------------------------------------------------------------------- bad input
-
-
-BAD_VALUES = {
-    **dict.fromkeys(["num_seeds", "num_threads", "total_timesteps", "num_envs", "steps_per_update"], 0),
-    **dict.fromkeys(["buffer_size", "batch_size", "hidden_size", "reg_batch_size", "transport_steps"], 0),
-    **dict.fromkeys(["log_interval", "checkpoint_interval", "eval_episodes"], 0),
-    **dict.fromkeys(
-        ["learning_rate", "reward_scale", "max_grad_norm", "attack_lr", "transport_beta", "attack_init"], 0.0
-    ),
-    **dict.fromkeys(["seed", "learning_starts", "attack_steps"], -1),
-    **dict.fromkeys(["exploration_noise", "policy_l2", "epsilon", "transport_coef", "mean_action_epsilon"], -0.1),
-    **{"exploration_noise_end": math.nan, "reg_coef": math.inf, "gamma": 1.5, "tau": -0.1},
-    **{"num_agents": 1, "nearest_agents": 3, "nearest_landmarks": 4},
-}
-
-
-def refused(monkeypatch, capsys, *flags, small=SMALL) -> str:
-    return refusal(script, monkeypatch, capsys, *with_small(flags, small))
-
-
-@pytest.mark.parametrize("name,value", BAD_VALUES.items())
-def test_bad_value_is_one_line_that_names_the_flag(monkeypatch, capsys, name, value):
-    bad_value(script, monkeypatch, capsys, name, value, *with_small([]))
-
-
-def test_every_number_has_a_bad_value():
-    numbers = {name for name, v in Args().__dict__.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    assert numbers <= BAD_VALUES.keys()
-
-
-def test_values_that_do_not_go_together(monkeypatch, capsys, tmp_path):
-    bad = partial(refused, monkeypatch, capsys)
-    assert "--nearest-agents must be" in bad("--nearest-agents=4", "--num-agents=4", "--eval-agents", "6")
-    assert "--nearest-agents must be" in bad("--nearest-agents=3", "--num-agents=6", "--eval-agents", "3")
-    assert "--nearest-landmarks must be" in bad("--nearest-landmarks=3", "--num-agents=2", "--nearest-agents=1")
-    error = bad("--nearest-landmarks=0", "--nearest-agents=0", "--eval-agents", "3", "1")
-    assert "--eval-agents must be at least 2 each" in error
-    assert "--attack-init must be" in bad("--attack-init=1.1")
-    assert "--gamma must be" in bad("--gamma=-0.1") and "--tau must be" in bad("--tau=1.1")
-    assert "--epsilon must be a finite number" in bad("--epsilon=inf")
-    assert "--buffer-size must hold 50 steps" in bad("--buffer-size=49")
-    assert "--learning-starts must be below" in bad("--learning-starts=200")
-    assert "--resume must be left out with --evaluate" in bad(f"--evaluate={tmp_path}", f"--resume={tmp_path}")
-    assert "simple_spread_v3" in bad("--env-id=simple_sprad_v3")
-    assert "--no-such-flag" in bad("--no-such-flag")
-    assert "no checkpoint at" in bad(f"--resume={tmp_path}/nowhere")
-    (tmp_path / "file").write_text("")
-    assert "--runs-dir must be a writable folder" in bad(f"--runs-dir={tmp_path}/file")
+def test_values_that_do_not_go_together():
+    for options, name in (
+        (dict(nearest_landmarks=4), "nearest_landmarks"),
+        (dict(nearest_agents=3), "nearest_agents"),
+        (dict(eval_agents=(2, 3), nearest_agents=2), "nearest_agents"),
+        (dict(eval_agents=()), "eval_agents"),
+        (dict(eval_agents=(1,)), "eval_agents"),
+        (dict(num_agents=1), "num_agents"),
+        (dict(learning_starts=200), "learning_starts"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            Args(**SMALL | options)
 
 
 def test_defaults_follow_the_number_of_agents_and_steps():
-    assert [Args(num_agents=n).eval_episodes for n in (3, 6, 30)] == [1000, 500, 100]
-    assert [Args(num_agents=n).reward_scale for n in (3, 6, 30)] == [1 / 3, 1 / 6, 1 / 30]
-    assert [Args(attack_steps=k).attack_lr for k in (0, 1, 5)] == [1.0, 1.0, 0.5]
-
-
-def test_broken_and_foreign_checkpoints(monkeypatch, capsys, tmp_path, uninterrupted):
-    bad = partial(refused, monkeypatch, capsys)
-    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
-        (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
-    assert "--gamma is read from" in bad(f"--resume={tmp_path}", "--gamma=0.5")
-    assert "--eval-agents is read from" in bad(f"--resume={tmp_path}", "--eval-agents", "5")
-    whole = (tmp_path / "checkpoint.pt").read_bytes()
-    (tmp_path / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
-    error = bad(f"--resume={tmp_path}")
-    assert "no readable checkpoint" in error and "checkpoint.previous.pt" in error
-    monkeypatch.setattr(sys, "argv", ["ernie_meanfield.py"])
-    state = script.load_run(Args(resume=f"{tmp_path}/checkpoint.previous.pt"))[1]
-    assert state["iteration"] > 0  # the one before still loads
-    torch.save({"script": "ernie_maddpg"}, tmp_path / "checkpoint.pt")
-    assert "was written by ernie_maddpg.py" in bad(f"--evaluate={tmp_path}")
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "checkpoint.pt")
-    assert "no readable checkpoint" in bad(f"--evaluate={tmp_path}")
-
-
-@pytest.mark.parametrize("name", ["losses/critic_loss", "ernie/critic_regularizer"])
-def test_non_finite_loss_stops_with_the_step_and_the_last_checkpoint(monkeypatch, capsys, tmp_path, name):
-    real, calls = script.mean_field_critic_loss, []
-
-    def poisoned(*rest):
-        loss, metrics = real(*rest)
-        calls.append(1)
-        return loss, metrics | {name: metrics[name] * (math.nan if len(calls) > 2 else 1)}
-
-    monkeypatch.setattr(script, "mean_field_critic_loss", poisoned)
-    error = refused(monkeypatch, capsys, f"--runs-dir={tmp_path}")
-    last = only(tmp_path) / "checkpoint.pt"
-    assert f"{name} is not finite at step 200" in error and str(last) in error and last.exists()
-    assert torch.load(last, weights_only=True)["iteration"] == 2
-
-
-def test_wandb_that_fails_does_not_stop_the_run(monkeypatch, capsys, tmp_path):
-    def unreachable(**options):
-        raise OSError("no route to host")
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=unreachable, Settings=dict))
-    args = Args(**(SMALL | dict(track=True, wandb_mode="online")))
-    assert script.start_wandb(args, tmp_path, script.run_labels(args)) == []
-    error = capsys.readouterr().err
-    assert "wandb (online) is left out" in error and "wandb (offline) is left out" in error
-    runs = [SimpleNamespace(log=unreachable)]
-    script.log_metrics(tmp_path / "metrics.csv", runs, [{"seed": 1}], 5, {"a": torch.tensor([2.0])})
-    assert runs == [] and "left out from now on" in capsys.readouterr().err
-    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["seed,global_step,a", "1,5,2.0"]
-
-
-# ------------------------------------------------------------------------------------------------------------ learning
+    assert Args(num_agents=15).eval_episodes == 200 and Args(num_agents=15).reward_scale == 1 / 15
+    assert Args(attack_steps=1).attack_lr == 1.0 and Args(attack_steps=5).attack_lr == 0.5
 
 
 def test_learns_to_spread(tmp_path):
     """Random policies have -25.5, untrained ones -24.3 or less; five seeds had -19.0 to -21.6 after these steps."""
-    small = dict(num_agents=3, regularizer="none", log_interval=10**6, checkpoint_interval=10**6, track=False)
+    small = dict(num_agents=3, regularizer="none", log_interval=10**6, checkpoint_interval=10**6)
     small |= dict(learning_starts=2000, total_timesteps=35_000, eval_episodes=100)
     *_, rows = short_train(tmp_path, "run", small)
     assert float(rows[-1]["eval/episodic_return"]) > -23

@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import reproduce
 
+from envs import runs
+
 # A script with the interface of ours: a checkpoint, then (a while later) a result with a row per seed.
 SCRIPT = """
 import sys, time
@@ -150,7 +152,9 @@ def test_every_command_is_understood(name, monkeypatch):
             for more in (study.select, study.quick):
                 words = reproduce.merged(study.flags, flags, more, "--seed=1 --num-seeds=2")
                 monkeypatch.setattr(sys, "argv", [study.script, *words])
-                assert script.parse_args().num_seeds == 2
+                own = getattr(script, "parse_args", None)
+                args = own() if own else runs.parse_args(script.Args, script.__doc__)[0]
+                assert args.num_seeds == 2
 
 
 def test_a_grid_with_a_failure(tmp_path, toy, ray, monkeypatch):
@@ -160,7 +164,7 @@ def test_a_grid_with_a_failure(tmp_path, toy, ray, monkeypatch):
     cluster = reproduce.Cluster(args)
     found = reproduce.train("toy", cluster)
     assert list(found) == ["none", "weak", "chosen"] and found["chosen"][0] == "--gain=2"
-    assert len(cluster.failures) == 1 and "toy_broken: " in cluster.failures[0] and "it fails" in cluster.failures[0]
+    assert len(cluster.failures) == 1 and "toy_broken-" in cluster.failures[0] and "it fails" in cluster.failures[0]
     reproduce.report("toy", found, args)
     rows = rows_of(tmp_path / "results" / "toy.csv")
     assert len(rows) == 3 * 3 * 5 and {row["seed"] for row in rows} == set("12345")
@@ -171,6 +175,36 @@ def test_a_grid_with_a_failure(tmp_path, toy, ray, monkeypatch):
     verdicts = {(row["method"], row["perturbation"]): row for row in rows_of(tmp_path / "results" / "verdicts.csv")}
     assert verdicts["chosen", "gaussian"]["verdict"] == "better" and float(verdicts["none", "clean"]["mean"]) == -1
     assert (tmp_path / "results" / "toy.png").stat().st_size > 10_000
+
+
+def test_a_run_with_other_flags_or_seeds_is_another_run(tmp_path, toy, ray):
+    """It is not taken for finished."""
+    cluster = reproduce.Cluster(arguments(tmp_path, ray_address="local"))
+    choices = [("--gain=1", (1, 2)), ("--gain=2", (1, 2)), ("--gain=2", (1, 3)), ("--gain=1", (1, 2))]
+    paths = [cluster.get(cluster.start("toy_weak", toy, "weak", *choice)) for choice in choices]
+    assert len(set(paths)) == 3 and paths[0] == paths[3]
+    assert [len(rows_of(path)) for path in paths] == [6, 6, 9, 6]
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        ([], "nothing asked for"),
+        (["--study=toys"], "toys"),
+        (["--extra=ladder", "--episodes=0"], "greater than 0"),
+        (["--extra=ladder", "--seeds", "3", "1"], "the first and the last"),
+        (["--extra=ladder", "--cpus-per-run=nan"], "finite number"),
+        (["--extra=ladder", "--results-dir=FILE/results"], "FILE"),
+        (["--extra=ladder", "--runs-dir=FILE"], "FILE"),
+    ],
+)
+def test_wrong_input_is_refused(tmp_path, monkeypatch, capsys, words, said):
+    (tmp_path / "FILE").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", f"--results-dir={tmp_path}", *words])
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main()
+    assert stop.value.code == 2 and said in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_node_dies(tmp_path, toy, ray):

@@ -1,21 +1,16 @@
 """baselines/rma3c.py: losses by hand, who is moved by which step, what is perturbed, MADDPG at radius 0, runs."""
 
-import csv
-import json
 import math
-import signal
 import sys
-import time
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 
 import pytest
 import torch
-from commands import ROOT, alike, bad_value, finish, fourth_order, only, plain, refusal, start_script, without_speed
+from commands import ROOT, alike, fourth_order, plain, without_speed
 
 import ernie_maddpg as maddpg
-from envs import particle
+from envs import particle, robustness, runs
 
 sys.path.insert(0, str(ROOT / "baselines"))
 
@@ -23,10 +18,9 @@ import rma3c as script  # noqa: E402
 from rma3c import Args  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SMALL = dict(num_envs=4, batch_size=32, hidden_size=16, learning_starts=100, buffer_size=1000, track=False)
+SMALL = dict(num_envs=4, batch_size=32, hidden_size=16, learning_starts=100, buffer_size=1000)
 SMALL |= dict(total_timesteps=400, log_interval=100, checkpoint_interval=200, eval_episodes=4)
-FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if name != "track"]
-LOSSES = {"critic": script.td_loss, "actor": script.policy_loss, "adversary": script.adversary_loss}
+LOSSES = {"critic": script.critic_loss, "actor": script.actor_loss, "adversary": script.adversary_loss}
 
 
 @pytest.fixture(autouse=True)
@@ -37,30 +31,29 @@ def one_thread_and_float32_afterwards():
 
 
 def world(double=False, num_envs=8, size=1.0, **options):
-    """(args, env, nets, optimizers, batch, noise) of a small problem, after short episodes of random play. Targets
+    """(args, env, nets, optimizers, batch with noise) of a small problem, after short episodes of random play. Targets
     differ from their networks, and the weights of actors and adversaries are `size` times what they start with."""
     torch.set_default_dtype(torch.float64 if double else torch.float32)
     args = Args(**(SMALL | options))
     make = {"num_agents": args.num_agents, "continuous_actions": args.continuous_actions, "device": DEVICE}
     env = script.envs.make(args.env_id, args.num_seeds * num_envs, dtype=torch.get_default_dtype(), **make)
     env = replace(env, horizon=5)
-    nets, optimizers = script.make_players(env, args)
-    others, _ = script.make_players(env, Args(**(SMALL | options | {"seed": 100})))
+    nets, optimizers = script.make_nets(env, args)
+    others, _ = script.make_nets(env, Args(**(SMALL | options | {"seed": 100})))
     with torch.no_grad():
         for name in ("actor", "critic", "adversary"):
             nets[name + "_target"].flat.copy_(others[name].flat)
         for name in ("actor", "adversary", "actor_target", "adversary_target"):
             nets[name].flat.mul_(size)
-    replay = script.make_replay(env, args.num_seeds, num_envs, env.horizon)
-    streams = script.make_generators(3, args.num_seeds, "test", DEVICE)
-    playing = Args(**(SMALL | options | {"num_envs": num_envs}))
-    script.deceived_rollout(env.step, env, nets, replay, 0, 0.5, streams, playing)
-    batch = script.sample(replay, num_envs, args.batch_size, streams)
-    return args, env, nets, optimizers, batch, script.draw_alternations(streams, env, args)
+    streams = script.envs.make_generators(3, args.num_seeds, "test", DEVICE)
+    replay = script.rollout(env.step, env, nets, 0.5, streams, args)
+    batch = script.sample(replay, num_envs, args, streams) | script.draw_noise(streams, env, args)
+    return args, env, nets, optimizers, batch
 
 
-def encoded_of(nets, batch):
-    return script.encode(nets["critic"], batch["obs"]).detach()
+def alternation(batch, k):
+    """The minibatch with the noise of the k-th alternation."""
+    return batch | {"gumbel": batch["gumbel"][:, k]} if "gumbel" in batch else batch
 
 
 def snapshot(nets):
@@ -102,18 +95,18 @@ def q_by_hand(critic, i, obs, action):
 def test_critic_target_by_hand(env_id, continuous):
     """True observations for the target critics, perturbed ones, by the target adversaries, for the target actors."""
     options = dict(env_id=env_id, continuous_actions=continuous, activation="tanh", epsilon=0.7, gamma=0.9)
-    args, env, nets, _, batch, _ = world(double=True, size=3.0, batch_size=2, **options)
+    args, env, nets, _, batch = world(double=True, size=3.0, batch_size=2, **options)
     batch["terminated"] = torch.tensor([[0.0, 1.0]], device=DEVICE)
-    loss, metrics = script.td_loss(nets, batch, env, args)
+    loss, metrics = script.critic_loss(nets, batch, env, args)
     errors = torch.zeros(2, env.num_agents, device=DEVICE)
     for m in range(2):
-        obs, next_obs = batch["obs"][0, m], batch["next_obs"][0, m]
+        obs, next_obs = batch["obs"][0, :, m], batch["next_obs"][0, :, m]
         seen = seen_by_hand(nets["adversary_target"], next_obs, env, args)
         _, next_action = actions_by_hand(nets["actor_target"], seen, env)
         for i in range(env.num_agents):
             after = q_by_hand(nets["critic_target"], i, next_obs, next_action)
-            target = batch["rewards"][0, m, i] + 0.9 * (1 - batch["terminated"][0, m]) * after
-            errors[m, i] = q_by_hand(nets["critic"], i, obs, batch["actions"][0, m]) - target
+            target = batch["rewards"][0, i, m] + 0.9 * (1 - batch["terminated"][0, m]) * after
+            errors[m, i] = q_by_hand(nets["critic"], i, obs, batch["actions"][0, :, m]) - target
     assert loss.item() == pytest.approx(errors.square().mean(0).sum().item(), rel=1e-10)
     assert metrics["losses/critic_loss"].item() == pytest.approx(errors.square().mean().item(), rel=1e-10)
 
@@ -122,19 +115,19 @@ def test_critic_target_by_hand(env_id, continuous):
 @torch.no_grad()
 def test_policy_and_adversary_losses_by_hand(others):
     options = dict(env_id="simple_tag_v3", activation="tanh", epsilon=0.7, others_actions=others, policy_l2=0.01)
-    args, env, nets, _, batch, _ = world(double=True, size=3.0, batch_size=2, **options)
-    encoded, (q, penalty) = encoded_of(nets, batch), torch.zeros(2, 2, env.num_agents, device=DEVICE).unbind()
+    args, env, nets, _, batch = world(double=True, size=3.0, batch_size=2, **options)
+    q, penalty = torch.zeros(2, 2, env.num_agents, device=DEVICE).unbind()
     for m in range(2):
-        obs = batch["obs"][0, m]
+        obs = batch["obs"][0, :, m]
         z, present = actions_by_hand(nets["actor"], seen_by_hand(nets["adversary"], obs, env, args), env)
         for i in range(env.num_agents):
-            joint = (present if others == "policy" else batch["actions"][0, m]).clone()
+            joint = (present if others == "policy" else batch["actions"][0, :, m]).clone()
             joint[i] = present[i]
             q[m, i], penalty[m, i] = q_by_hand(nets["critic"], i, obs, joint), 0.01 * z[i].square().mean()
-    loss, metrics = script.policy_loss(nets, encoded, batch, None, env, args)
+    loss, metrics = script.actor_loss(nets, batch, env, args)
     assert loss.item() == pytest.approx((penalty - q).mean(0).sum().item(), rel=1e-10)
     assert metrics["losses/actor_loss"].item() == pytest.approx(-q.mean().item(), rel=1e-10)
-    loss, metrics = script.adversary_loss(nets, encoded, batch, None, env, args)
+    loss, metrics = script.adversary_loss(nets, batch, env, args)
     of_team = q[:, env.cooperators].mean(0)
     assert loss.item() == pytest.approx(of_team.sum().item(), rel=1e-10)
     assert metrics["losses/adversary_loss"].item() == pytest.approx(of_team.mean().item(), rel=1e-10)
@@ -143,33 +136,33 @@ def test_policy_and_adversary_losses_by_hand(others):
 @pytest.mark.parametrize("player", ["actor", "adversary"])
 def test_gradient_is_the_derivative_of_the_loss_with_the_others_held(player):
     options = dict(env_id="simple_tag_v3", activation="tanh", epsilon=0.5)
-    args, env, nets, _, batch, _ = world(double=True, size=3.0, **options)
-    encoded, flat = encoded_of(nets, batch), nets[player].flat
-    grad = torch.autograd.grad(LOSSES[player](nets, encoded, batch, None, env, args)[0], flat)[0]
-    seen = script.deceive(nets["adversary"], batch["obs"].transpose(1, 2), 0.5, env, args)
-    present = script.squash(script.policy(nets["actor"], seen, env, args), env).transpose(1, 2).detach()
+    args, env, nets, _, batch = world(double=True, size=3.0, **options)
+    flat = nets[player].flat
+    grad = torch.autograd.grad(LOSSES[player](nets, batch, env, args)[0], flat)[0]
+    seen = script.deceive(nets["adversary"], batch["obs"], 0.5, env)
+    present = script.squash(script.policy(nets["actor"], seen, env), env).detach()
     batch, args.others_actions = batch | {"actions": present}, "replay"  # so that moving one moves no other
     direction = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
     def moved(h):
-        net = script.MLP((flat + h * direction).detach(), nets[player].sizes)
-        return LOSSES[player](nets | {player: net}, encoded, batch, None, env, args)[0].item()
+        net = replace(nets[player], flat=(flat + h * direction).detach())
+        return LOSSES[player](nets | {player: net}, batch, env, args)[0].item()
 
     assert (grad * direction).sum().item() == pytest.approx(fourth_order(moved), rel=1e-6)
 
 
 def test_discrete_gradient_is_that_of_the_gumbel_softmax():
     """A critic linear in the action: its gradient meets the softmax's slope at the noise of this alternation."""
-    args, env, nets, _, batch, noise = world(double=True, continuous_actions=False, gumbel_temperature=0.7, epsilon=0.5)
-    nets["critic"] = script.init_mlp([3 * (18 + 5), 1, 1], 3, script.make_generators(0, 1, "test", DEVICE))
+    args, env, nets, _, batch = world(double=True, continuous_actions=False, epsilon=0.5)
+    nets["critic"] = script.init_mlp([3 * (18 + 5), 1, 1], "relu", 3, script.envs.make_generators(0, 1, "test", DEVICE))
     with torch.no_grad():  # the hidden unit is always active
         nets["critic"].layers()[0][1].fill_(100.0)
         nets["critic"].layers()[1][0].fill_(1.0)
-    loss, _ = script.adversary_loss(nets, encoded_of(nets, batch), batch, noise[1], env, args)
+    loss, _ = script.adversary_loss(nets, alternation(batch, 1), env, args)
     actual = torch.autograd.grad(loss, nets["adversary"].flat)[0]
     own = nets["critic"].layers()[0][0][:, 0, 54:].view(3, 3, 5)[range(3), range(3)].detach()  # weight on own action
-    seen = script.deceive(nets["adversary"], batch["obs"].transpose(1, 2), 0.5, env, args)
-    soft = torch.softmax((script.policy(nets["actor"], seen, env, args) + noise[1]) / 0.7, -1)
+    seen = script.deceive(nets["adversary"], batch["obs"], 0.5, env)
+    soft = torch.softmax(script.policy(nets["actor"], seen, env) + batch["gumbel"][:, 1], -1)
     expected = torch.autograd.grad((soft * own[:, None]).sum(-1).mean(-1).sum(), nets["adversary"].flat)[0]
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
@@ -180,25 +173,24 @@ def test_discrete_gradient_is_that_of_the_gumbel_softmax():
 @pytest.mark.parametrize("continuous", [True, False])
 def test_adversary_steps_lower_q_and_policy_steps_raise_it_each_with_the_other_at_rest(continuous):
     options = dict(env_id="simple_tag_v3", continuous_actions=continuous, epsilon=0.5, policy_l2=0.0, tau=0.0)
-    args, env, nets, optimizers, batch, noise = world(batch_size=128, size=3.0, **options)
-    encoded, team = encoded_of(nets, batch), env.cooperators
+    args, env, nets, optimizers, batch = world(batch_size=128, size=3.0, **options)
+    team, batch = env.cooperators, alternation(batch, 0)
 
     def values():  # of the Gumbel-softmax's noise where discrete
-        z = deceived_z()
-        z = torch.softmax(z + noise[0], -1) if env.discrete else script.squash(z, env)
-        joint = torch.where(script.own_slot(env), z.transpose(1, 2).unsqueeze(1), batch["actions"].unsqueeze(1))
-        return script.q_values(nets["critic"], encoded, joint, args).mean(-1)[0].detach()
-
-    def deceived_z():
-        seen = script.deceive(nets["adversary"], batch["obs"].transpose(1, 2), args.epsilon, env, args)
-        return script.policy(nets["actor"], seen, env, args)
+        seen = script.deceive(nets["adversary"], batch["obs"], args.epsilon, env)
+        output = script.policy(nets["actor"], seen, env)
+        action = torch.softmax(output + batch["gumbel"], -1) if env.discrete else script.squash(output, env)
+        everybody = script.everybody
+        joint = torch.where(script.own_slot(env), everybody(action), everybody(batch["actions"]))
+        return script.q_values(nets["critic"], batch["obs"], joint).mean(-1)[0].detach()
 
     args.others_actions = "replay"
     for name, sign, movers in (("adversary", -1, team), ("actor", 1, torch.ones_like(team))):
         before, old = snapshot(nets), values()
         for _ in range(5):
-            loss, _ = LOSSES[name](nets, encoded, batch, noise[0], env, args)
-            script.descend(loss, [nets[name]], optimizers[name], args.max_grad_norm)
+            loss, _ = LOSSES[name](nets, batch, env, args)
+            nets[name].flat.grad = torch.autograd.grad(loss, nets[name].flat)[0]
+            optimizers[name].step()
         change = sign * (values() - old)
         assert (change[movers] > 1e-4).all() and (change[~movers] == 0).all()
         after = snapshot(nets)
@@ -208,24 +200,22 @@ def test_adversary_steps_lower_q_and_policy_steps_raise_it_each_with_the_other_a
 
 @pytest.mark.parametrize("continuous", [True, False])
 def test_an_update_is_a_critic_step_then_alternations_then_the_targets(continuous):
-    args, env, nets, optimizers, batch, noise = world(descent_steps=3, continuous_actions=continuous, epsilon=0.3)
+    args, env, nets, optimizers, batch = world(descent_steps=3, continuous_actions=continuous, epsilon=0.3)
     turns, parts = [], []
 
     def watched(name):
         def loss(nets, *rest):
             turns.append((name, snapshot(nets)))
-            parts.append(rest[2] if name != "critic" else None)
-            if name != "critic":  # the critics' first layer is evaluated after their step
-                torch.testing.assert_close(rest[0], encoded_of(nets, batch))
+            parts.append(rest[0].get("gumbel"))
             return LOSSES[name](nets, *rest)
 
         return loss
 
-    script.update_rma3c(nets, optimizers, {name: watched(name) for name in LOSSES}, batch, noise, env, args)
+    script.update(nets, optimizers, {name: watched(name) for name in LOSSES}, batch, env, args)
     assert [name for name, _ in turns] == ["critic", *["actor", "adversary"] * 3]
-    assert len(noise) == 3 and all(parts[1 + k] is noise[k // 2] for k in range(6))
     if not continuous:
-        assert noise[0].shape == (1, 3, 32, 5) and not torch.equal(noise[0], noise[1])
+        assert all(torch.equal(parts[1 + k], batch["gumbel"][:, k // 2]) for k in range(6))
+        assert batch["gumbel"].shape == (1, 3, 3, 32, 5) and not torch.equal(parts[1], parts[3])
     states = [state for _, state in turns]
     end = snapshot(nets)
     for (name, before), after in zip(turns, [*states[1:], end]):
@@ -240,17 +230,18 @@ def test_an_update_is_a_critic_step_then_alternations_then_the_targets(continuou
 @pytest.mark.parametrize("continuous", [True, False])
 def test_radius_0_is_maddpg_with_as_many_policy_steps(continuous):
     options = dict(env_id="simple_tag_v3", continuous_actions=continuous, descent_steps=3, epsilon=0.0)
-    args, env, nets, optimizers, batch, noise = world(num_seeds=2, **options)
-    theirs = {name: script.MLP(net.flat.detach().clone().requires_grad_(), net.sizes) for name, net in nets.items()}
+    args, env, nets, optimizers, batch = world(num_seeds=2, **options)
+    theirs = {n: replace(net, flat=net.flat.detach().clone().requires_grad_()) for n, net in nets.items()}
     adam = {name: torch.optim.Adam([theirs[name].flat], args.learning_rate, fused=True) for name in ("actor", "critic")}
     plain_args = maddpg.Args(regularizer="none", continuous_actions=continuous, hidden_size=16)
-    losses, start = {name: [] for name in ("critic", "actor")}, snapshot(nets)
+    start = snapshot(nets)
     for _ in range(2):
-        script.update_rma3c(nets, optimizers, LOSSES, batch, noise, env, args)
-        for name, part in [("critic", None), *(("actor", part) for part in noise)]:
-            loss, _ = getattr(maddpg, f"{name}_loss")(theirs, batch, {"gumbel": part}, env, plain_args)
-            maddpg.descend(loss, [theirs[name]], adam[name], args.max_grad_norm)
-            losses[name].append(loss)
+        script.update(nets, optimizers, LOSSES, batch, env, args)
+        for name, k in [("critic", 0), ("actor", 0), ("actor", 1), ("actor", 2)]:
+            loss, _ = getattr(maddpg, f"{name}_loss")(theirs, alternation(batch, k), env, plain_args)
+            gradient = torch.autograd.grad(loss, theirs[name].flat)[0]
+            theirs[name].flat.grad = maddpg.perturb.project(gradient, args.max_grad_norm, "l2")
+            adam[name].step()
         for name in ("actor", "critic"):
             theirs[name + "_target"].flat.detach().lerp_(theirs[name].flat.detach(), args.tau)
     for name in ("actor", "critic", "actor_target", "critic_target"):
@@ -263,32 +254,31 @@ def test_radius_0_is_maddpg_with_as_many_policy_steps(continuous):
 
 @pytest.mark.parametrize("env_id", particle.TASKS)
 def test_perturbation_is_in_the_ball_and_only_in_what_the_team_observes(env_id):
-    args, env, nets, _, batch, _ = world(double=True, env_id=env_id, size=20.0)
-    obs = batch["obs"].transpose(1, 2)
-    seen = script.deceive(nets["adversary"], obs, 0.3, env, args)
+    args, env, nets, _, batch = world(double=True, env_id=env_id, size=20.0)
+    obs = batch["obs"]
+    seen = script.deceive(nets["adversary"], obs, 0.3, env)
     delta, live = (seen - obs).transpose(2, 3)[0], env.obs_mask & env.cooperators[:, None]  # [N, O, M]
     assert 0.29 < delta.abs().max() <= 0.3 + 1e-12
     assert (delta[~live] == 0).all() and (delta[live].abs().amax(-1) > 1e-3).all()
-    assert torch.equal(script.deceive(nets["adversary"], obs, 0.0, env, args), obs)
+    assert torch.equal(script.deceive(nets["adversary"], obs, 0.0, env), obs)
 
 
 @pytest.mark.parametrize("continuous", [True, False])
 @pytest.mark.parametrize("perturbed", [True, False])
 def test_rollout_acts_on_perturbed_observations_and_keeps_the_true_ones(perturbed, continuous):
     options = dict(env_id="simple_tag_v3", continuous_actions=continuous, perturb_rollout=perturbed, epsilon=1.0)
-    args, env, nets, _, _, _ = world(size=5.0, num_envs=64, **options)
-    args.num_envs = 64
-    replay = script.make_replay(env, 1, 64, env.horizon)
-    script.deceived_rollout(env.step, env, nets, replay, 0, 0.0, script.make_generators(7, 1, "test", DEVICE), args)
-    state, true = env.reset(script.make_generators(7, 1, "test", DEVICE))
+    args, env, nets, *_ = world(size=5.0, num_envs=64, **options)
+    make_generators = script.envs.make_generators
+    replay = script.rollout(env.step, env, nets, 0.0, make_generators(7, 1, "test", DEVICE), args)
+    state, true = env.reset(make_generators(7, 1, "test", DEVICE))
     for t in range(env.horizon):
         torch.testing.assert_close(replay["obs"][0, :, t], true)
-        state, true, *_ = env.step(state, script.to_env(replay["actions"][:, :, t], env), None)
+        state, true, *_ = env.step(state, script.envs.for_env(replay["actions"][:, :, t].transpose(1, 2), env), None)
     torch.testing.assert_close(replay["obs"][0, :, -1], true)
     obs = replay["obs"][:, :, :-1].flatten(1, 2).transpose(1, 2)
-    seen = script.deceive(nets["adversary"], obs, 1.0, env, args)
+    seen = script.deceive(nets["adversary"], obs, 1.0, env)
     played = replay["actions"].flatten(1, 2).transpose(1, 2)[0]  # [N, B * T, A]
-    right, wrong = (script.policy(nets["actor"], x, env, args)[0] for x in ((seen, obs) if perturbed else (obs, seen)))
+    right, wrong = (script.policy(nets["actor"], x, env)[0] for x in ((seen, obs) if perturbed else (obs, seen)))
     if continuous:
         torch.testing.assert_close(played, script.squash(right[None], env)[0])
         assert ((played - script.squash(wrong[None], env)[0]).abs().amax((1, 2)) > 0.1).equal(env.cooperators)
@@ -304,21 +294,25 @@ def constant_adversary(nets, bias):
         nets["adversary"].layers()[-1][1][...] = bias[:, None]
 
 
+def returns_of(env, nets, args, perturbation="clean", radius=0.0):
+    streams = script.envs.make_generators(1, 1, "evaluation", DEVICE)
+    return robustness.evaluate(env, script.trained_policy(nets, env, args), streams, perturbation, radius)
+
+
 def test_returns_under_a_constant_perturbation_are_those_of_actors_with_shifted_biases():
     args, env, nets, *_ = world(double=True, env_id="simple_adversary_v3", size=3.0)
     O, returns = env.obs_mask.shape[1], {}
     bias = torch.randn(O, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
     constant_adversary(nets, bias)
     for name, radius in (("true", 0.0), ("deceived", 0.4)):
-        streams = script.make_generators(1, 1, "evaluation", DEVICE)
-        returns[name] = script.evaluate_deceived(env, nets, args, streams, radius)
-    undisturbed = script.evaluate(env, nets, args, script.make_generators(1, 1, "evaluation", DEVICE))
+        returns[name] = returns_of(env, nets, args, "adversary", radius)
+    undisturbed = returns_of(env, nets, args)
     assert torch.equal(returns["true"], undisturbed)
     with torch.no_grad():
         weight, b = nets["actor"].layers()[0]
         live = (env.obs_mask & env.cooperators[:, None]).to(bias.dtype)
         b += weight @ (0.4 * torch.tanh(bias) * live)[..., None]
-    shifted = script.evaluate(env, nets, args, script.make_generators(1, 1, "evaluation", DEVICE))
+    shifted = returns_of(env, nets, args)
     torch.testing.assert_close(returns["deceived"], shifted)
     assert (shifted - undisturbed).abs().max() > 1e-3
 
@@ -326,12 +320,12 @@ def test_returns_under_a_constant_perturbation_are_those_of_actors_with_shifted_
 @pytest.mark.parametrize("env_id", ["simple_spread_v3", "simple_adversary_v3"])
 def test_length_and_saturation_by_hand(env_id):
     """Over live entries, which spread has 14 of 18 of, and the team, which is all but the first agent in adversary."""
-    args, env, nets, _, batch, _ = world(double=True, env_id=env_id, epsilon=0.5)
-    obs, live = batch["obs"].transpose(1, 2), env.obs_mask[env.cooperators].double()
+    args, env, nets, _, batch = world(double=True, env_id=env_id, epsilon=0.5)
+    obs, live = batch["obs"], env.obs_mask[env.cooperators].double()
     bias = torch.zeros(env.obs_mask.shape[1], device=DEVICE)
     bias[:2] = torch.tensor([5.0, -0.5])  # the first entry at the edge, the second not, the others not moved
     constant_adversary(nets, bias)
-    metrics = script.inspect_adversaries(nets, obs, env, args)
+    metrics = script.diagnose(nets["adversary"], obs, env, args)
     length = (0.5 * torch.tanh(bias) * live).norm(dim=1).mean().item()
     assert metrics["rma3c/perturbation_norm"].item() == pytest.approx(length, rel=1e-10)
     assert metrics["rma3c/saturation"].item() == pytest.approx((live[:, 0].sum() / live.sum()).item(), rel=1e-10)
@@ -340,14 +334,14 @@ def test_length_and_saturation_by_hand(env_id):
 # ---------------------------------------------------------------------------------------------- training
 
 
-def short_train(tmp_path, name, module=script, make="make_players", **options):
+def short_train(tmp_path, name, module=script, **options):
     args = module.Args(**(SMALL | options))
     env = module.make_env(args, args.num_seeds * args.num_envs, DEVICE)
-    nets, optimizers = getattr(module, make)(env, args)
-    folder = tmp_path / name
-    folder.mkdir()
-    assert module.train(env, nets, optimizers, args, folder, [])
-    return args, env, nets, list(csv.DictReader(open(folder / "metrics.csv")))
+    nets, optimizers = module.make_nets(env, args)
+    run = runs.Run(tmp_path / name, [{"seed": seed} for seed in args.seeds])
+    run.dir.mkdir()
+    module.train(env, nets, optimizers, args, run, {})
+    return args, env, nets, run.rows
 
 
 @pytest.mark.parametrize("continuous", [True, False])
@@ -355,7 +349,7 @@ def test_a_whole_run_at_radius_0_is_one_of_maddpg(tmp_path, continuous):
     script.setup(Args(**SMALL))
     options = dict(continuous_actions=continuous, epsilon=0.0)
     _, _, ours, rows = short_train(tmp_path, "ours", descent_steps=1, **options)
-    _, _, theirs, expected = short_train(tmp_path, "theirs", maddpg, "make_nets", regularizer="none", **options)
+    _, _, theirs, expected = short_train(tmp_path, "theirs", maddpg, regularizer="none", **options)
     assert all(torch.equal(ours[name].flat, theirs[name].flat) for name in theirs)
     for row, other in zip(rows, expected, strict=True):
         assert without_speed([{name: row[name] for name in other}]) == without_speed([other])
@@ -369,13 +363,13 @@ def test_a_seed_does_not_depend_on_the_others(tmp_path, continuous):
         _, _, alone, own = short_train(tmp_path, f"alone{k}", seed=5 + k, continuous_actions=continuous)
         for name in alone:
             assert alike(alone[name].flat, together[name].flat[3 * k : 3 * k + 3])
-        assert alike(without_speed(own), without_speed([row for row in rows if row["seed"] == str(5 + k)]))
+        assert alike(without_speed(own), without_speed([row for row in rows if row["seed"] == 5 + k]))
 
 
 def test_all_networks_learn_at_their_own_rates_but_no_opponent_has_an_adversary(tmp_path):
     args, env, nets, _ = short_train(tmp_path, "run", env_id="simple_tag_v3")
     options = SMALL | dict(env_id=args.env_id, adversary_learning_rate=0.5)
-    fresh, optimizers = script.make_players(env, Args(**options))
+    fresh, optimizers = script.make_nets(env, Args(**options))
     moved = {name: (nets[name].flat != fresh[name].flat).any(1) for name in nets}
     for name in ("actor", "critic"):
         assert moved[name].all() and moved[name + "_target"].all()
@@ -407,135 +401,14 @@ def test_learns_cooperative_navigation_and_to_attack(tmp_path):
     assert float(rows[-1]["eval/episodic_return"]) > -24.5
     returns = []
     for radius in (0.3, -0.3):
-        streams = script.make_generators(1, 1, "evaluation", DEVICE)
-        returns.append(script.evaluate_deceived(env, nets, args, streams, radius).mean().item())
+        returns.append(returns_of(env, nets, args, "adversary", radius).mean().item())
     assert returns[0] < returns[1] - 1.0
 
 
-# ---------------------------------------------------------------------------------------------- runs
-
-
-def run(tmp_path, *flags):
-    """The script as a user starts it."""
-    if any(flag.startswith(("--resume", "--evaluate")) for flag in flags):
-        return start_script("baselines/rma3c.py", *flags)
-    return start_script("baselines/rma3c.py", f"--runs-dir={tmp_path}", *FLAGS, *flags)
-
-
-def run_here(monkeypatch, *flags):
-    """The same in this process."""
-    monkeypatch.setattr(sys, "argv", ["rma3c.py", *map(str, flags)])
-    script.main()
-
-
-def test_a_whole_run_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
-    out, _ = finish(run(tmp_path, "--capture-video", "--num-seeds=2", "--epsilon=0.2"))
-    folder = only(tmp_path)
-    assert folder.name.startswith("simple_spread_v3__rma3c__1__")
-    assert json.loads((folder / "args.json").read_text())["versions"]["torch"] == version("torch")
-    assert len(list(folder.glob("wandb/offline-run-*"))) == 2  # one run per seed
-    for name in ("metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "robustness.png", "videos/episode.gif"):
-        assert (folder / name).stat().st_size > 0
-    rows = list(csv.DictReader(open(folder / "robustness.csv")))
-    families = {"clean", "adversary", *script.SWEEP} - {"max_speed_scale"}
-    assert {r["perturbation"] for r in rows} == families and {r["seed"] for r in rows} == {"1", "2"}
-    assert {r["regularizer"] for r in rows} == {"rma3c"} and all(name in out for name in families)
-    assert {r["strength"] for r in rows if r["perturbation"] == "adversary"} == {"0.1", "0.2", "0.4"}
-    assert "losses/adversary_loss" in (folder / "metrics.csv").read_text()
-    before = (folder / "robustness.csv").read_text()
-    run_here(monkeypatch, f"--evaluate={folder}", "--eval-episodes=4")
-    assert (folder / "robustness.csv").read_text() == before  # the same policies, the same episodes
-    monkeypatch.setattr(script, "SWEEP", {name: script.SWEEP[name] for name in ("critic", "damping")})
-    run_here(monkeypatch, f"--evaluate={folder}", "--eval-episodes=1", "--backend=pettingzoo")
-    text = (folder / "robustness_pettingzoo.csv").read_text()
-    assert "damping" not in text and "adversary,0.4" in text
-
-
-def test_stopped_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
-    long = ["--total-timesteps=6000", "--log-interval=500", "--checkpoint-interval=500", "--no-track"]
-    long += ["--eval-episodes=1", "--no-continuous-actions"]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    process, err = run(cut, *long), {}
-    for how in (signal.SIGINT, signal.SIGKILL):
-        until, seen = time.time() + 120, set()
-        while len(seen) < 3 and time.time() < until:  # two checkpoints written by this process, or one and another's
-            seen |= {path.stat().st_mtime_ns for path in cut.glob("*/checkpoint.pt")}
-            time.sleep(0.005)
-        process.send_signal(how)
-        _, err[how] = process.communicate()
-        assert process.returncode == (130 if how == signal.SIGINT else -how)
-        folder = only(cut)
-        if how == signal.SIGINT:
-            process = run(tmp_path, f"--resume={folder}")
-    assert f"go on with: python baselines/rma3c.py --resume {folder}" in err[signal.SIGINT]
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert 0 < state["num_updates"] < 100
-    with open(folder / "metrics.csv", "a") as file:
-        file.write("1,99")  # what a kill in the middle of a write leaves
-    for name in ("robustness_report", "adversary_report"):
-        monkeypatch.setattr(script, name, lambda *a: None)
-    run_here(monkeypatch, f"--resume={folder}")
-    run_here(monkeypatch, f"--runs-dir={whole}", *FLAGS, *long)
-    ours, theirs = (list(csv.DictReader(open(f / "metrics.csv"))) for f in (folder, only(whole)))
-    assert without_speed(ours) == without_speed(theirs) and len(ours) == 12
-    states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, only(whole))]
-    assert states[0]["nets"].keys() == {*LOSSES, *(name + "_target" for name in LOSSES)}
-    for name in states[0]["nets"]:
-        assert torch.equal(*(state["nets"][name] for state in states))
-
-
-def test_no_report_of_adversaries_at_radius_0(tmp_path, capsys):
-    args, _, nets, *_ = world(epsilon=0.0)
-    script.adversary_report(nets, args, DEVICE, tmp_path)
-    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
-
-
-BAD_VALUES = {
-    **dict.fromkeys(["num_seeds", "num_threads", "num_agents", "total_timesteps", "num_envs", "steps_per_update"], 0),
-    **dict.fromkeys(["buffer_size", "batch_size", "hidden_size", "descent_steps", "eval_episodes"], 0),
-    **dict.fromkeys(["log_interval", "checkpoint_interval"], 0),
-    **dict.fromkeys(["learning_rate", "adversary_learning_rate", "gumbel_temperature", "max_grad_norm"], 0.0),
-    **dict.fromkeys(["seed", "learning_starts"], -1),
-    **dict.fromkeys(["exploration_noise", "policy_l2", "epsilon", "tau"], -0.1),
-    **{"exploration_noise_end": math.nan, "gamma": 1.5, "backend": "pettingzoo"},
-}
-
-main_with = partial(refusal, script)
-
-
-@pytest.mark.parametrize("name,value", BAD_VALUES.items())
-def test_bad_value_is_one_line_that_names_the_flag(monkeypatch, capsys, name, value):
-    bad_value(script, monkeypatch, capsys, name, value)
-
-
-def test_every_number_has_a_bad_value():
-    values = {name: v for name, v in Args().__dict__.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    assert values.keys() <= BAD_VALUES.keys()
-
-
-def test_unknown_names_and_files(monkeypatch, capsys, tmp_path):
-    bad = partial(main_with, monkeypatch, capsys)
-    assert "simple_spread_v3" in bad("--env-id=simple_sprad_v3")
-    assert "--no-such-flag" in bad("--no-such-flag")
-    assert "--buffer-size" in bad("--buffer-size=10")
-    assert "no checkpoint at" in bad(f"--resume={tmp_path}/nowhere")
-    assert "--learning-starts" in bad("--learning-starts=1000", "--total-timesteps=500")
-    assert "--resume must be left out" in bad("--resume=a", "--evaluate=a")
-    short_train(tmp_path, "run")
-    assert "--epsilon is read from" in bad(f"--resume={tmp_path}/run", "--epsilon=0.2")
-    short_train(tmp_path, "theirs", maddpg, "make_nets", regularizer="none")
-    assert "was written by ernie_maddpg.py" in bad(f"--evaluate={tmp_path}/theirs")
-
-
-def test_non_finite_loss_stops_with_the_step_and_the_last_checkpoint(monkeypatch, capsys, tmp_path):
-    real, calls = script.adversary_loss, []
-
-    def poisoned(*a):
-        loss, metrics = real(*a)
-        calls.append(1)
-        return loss, {name: value * (math.nan if len(calls) > 8 else 1) for name, value in metrics.items()}
-
-    monkeypatch.setattr(script, "adversary_loss", poisoned)
-    error = main_with(monkeypatch, capsys, *FLAGS, "--no-track", f"--runs-dir={tmp_path}", "--total-timesteps=800")
-    last = only(tmp_path) / "checkpoint.pt"
-    assert "losses/adversary_loss is not finite at step" in error and str(last) in error and last.exists()
+def test_the_report_has_the_runs_own_adversaries(tmp_path):
+    args, env, nets, _ = short_train(tmp_path, "run", epsilon=0.2)
+    make_policy = partial(script.trained_policy, nets, args=args)
+    strengths = {"adversary": (0.1, 0.4), "mad": (0.1,)}
+    rows = robustness.sweep(env, make_policy, strengths, [1], per_agent=False)
+    points = [(row["perturbation"], row["strength"]) for row in rows]
+    assert points == [("clean", 0.0), ("adversary", 0.1), ("adversary", 0.4), ("mad", 0.1)]

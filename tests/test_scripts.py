@@ -1,10 +1,39 @@
-"""What binds the scripts: the same name means the same code, and the sections come in the same order."""
+"""What binds the scripts: short enough to read in one sitting, the same plumbing, no script imports another."""
 
 import ast
+import io
+import re
+import tokenize
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted([*ROOT.glob("er*_*.py"), *ROOT.glob("baselines/*.py")])
+BUDGET = {  # tokens
+    "ernie_coma": 7_500,
+    "ernie_maddpg": 7_000,
+    "ernie_mappo": 7_500,
+    "ernie_meanfield": 8_000,
+    "ernie_qcombo": 7_500,
+    "ermas_bimatrix": 8_000,
+    "rma3c": 6_500,
+}
+ENVS = ("particle", "economy", "traffic", "drones")  # the simulators, of at most 14 tokens a line
+PLUMBING = ("setup", "make_run_dir", "log", "unroll", "MLP", "init_mlp")  # the same text wherever they are
+SCRIPTS = [path for path in [*ROOT.glob("er*_*.py"), *ROOT.glob("baselines/*.py")] if path.stem in BUDGET]
+
+
+def size(source: str) -> tuple[int, int]:
+    """Tokens (names, numbers, strings, operators outside docstrings), and lines that hold one."""
+    docstring = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            docstring.update(range(node.lineno, node.end_lineno + 1))
+    kinds = (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING)
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type in kinds]
+    tokens = [t for t in tokens if t.start[0] not in docstring]
+    lines = {line for t in tokens for line in range(t.start[0], t.end[0] + 1)}
+    return len(tokens), len(lines)
 
 
 def definitions(path: Path) -> dict[str, str]:
@@ -13,34 +42,68 @@ def definitions(path: Path) -> dict[str, str]:
     return {node.name: ast.dump(node) for node in ast.parse(path.read_text()).body if isinstance(node, kinds)}
 
 
-def clashes(
-    sources: dict[str, dict[str, str]], own: tuple[str, ...] = ("Args", "run_labels", "act", "train", "main")
-) -> list[str]:
-    """Names defined differently in two scripts; `own` names are parts of every script that differ."""
-    seen, found = {}, []
+def clashes(sources: dict[str, dict[str, str]]) -> list[str]:
+    """Plumbing that is defined differently in two scripts."""
+    first: dict[str, tuple[str, str]] = {}
+    found = []
     for script, names in sources.items():
-        for name, code in names.items():
-            first, same = seen.setdefault(name, (script, code))
-            if name not in own and same != code:
-                found.append(f"{name} differs between {first} and {script}")
+        for name in PLUMBING:
+            if name in names:
+                other, code = first.setdefault(name, (script, names[name]))
+                if code != names[name]:
+                    found.append(f"{name} differs between {other} and {script}")
     return found
 
 
-def test_same_name_same_code():
-    assert {"ernie_maddpg.py", "rma3c.py"} <= {path.name for path in SCRIPTS}
+def test_size_counts_tokens_and_lines_without_docstrings():
+    assert size('"""One.\nTwo."""\n\nx = f(1,\n      "a")  # why\n') == (8, 2)
+
+
+@pytest.mark.parametrize("name", BUDGET)
+def test_a_script_is_read_in_one_sitting(name):
+    (path,) = [path for path in SCRIPTS if path.stem == name]
+    tokens, lines = size(path.read_text())
+    assert tokens <= BUDGET[name]
+    assert tokens <= 12 * lines
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_an_environment_says_one_thing_a_line(name):
+    tokens, lines = size((ROOT / "envs" / f"{name}.py").read_text())
+    assert tokens <= 14 * lines
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_functions_have_six_parameters_at_most(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert len(node.args.args) + len(node.args.kwonlyargs) <= 6, node.name
+
+
+def test_plumbing_is_the_same_text():
+    assert {"ernie_maddpg", "rma3c"} <= {path.stem for path in SCRIPTS}
     assert clashes({path.name: definitions(path) for path in SCRIPTS}) == []
 
 
 def test_a_difference_is_found():
-    one, two = ({"f": ast.dump(ast.parse(f"def f(): return {x}").body[0])} for x in (1, 2))
-    assert clashes({"a.py": one, "b.py": two}) == ["f differs between a.py and b.py"]
+    one, two = ({"log": ast.dump(ast.parse(f"def log(): return {x}").body[0])} for x in (1, 2))
+    assert clashes({"a.py": one, "b.py": two}) == ["log differs between a.py and b.py"]
     assert clashes({"a.py": one, "b.py": one}) == []
 
 
 def test_scripts_import_no_script():
-    names = {path.stem for path in SCRIPTS}
+    names = {path.stem for path in [*ROOT.glob("er*_*.py"), *ROOT.glob("baselines/*.py")]}
     for path in [*SCRIPTS, *(ROOT / "envs").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not names & set(modules), f"{path.name} imports another script"
+
+
+def test_the_readme_names_functions_that_exist():
+    """In its table from paper equation to function."""
+    text = (ROOT / "README.md").read_text().split("## From paper equation to function")[1].split("\n## ")[0]
+    names = set(re.findall(r"`(?:robustness\.|envs\.perturb\.)?([a-z_]+)`", text))
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("envs/*.py")]
+    defined = {node.name for path in paths for node in ast.walk(ast.parse(path.read_text())) if hasattr(node, "name")}
+    assert len(names) > 30 and names <= defined, names - defined

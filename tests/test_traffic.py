@@ -84,7 +84,7 @@ def test_what_always_holds(fields, size):
         assert (state.speed[there] >= 0).all() and (state.speed <= state.max_speed + 1e-9).all()
         # no car passes red; on yellow only those that could not stop
         lights, _ = env.signals(before, action)
-        aspect = env.aspect(**lights)[:-1, :, None]
+        aspect = env.aspect(lights)[:-1, :, None]
         old, new = before.position, state.position
         passed = (old > env.previous) & (old <= env.line) & (new > env.line)  # [M, K, N, B]
         assert not (passed & (aspect == traffic.RED)).any()
@@ -117,8 +117,8 @@ def test_signal_machine():
     ]
     for action, direction, since, yellow, north, east in table:
         lights, begins = env.signals(state, torch.tensor([[action]], device=DEVICE))
-        assert [int(value) for value in lights.values()] == [direction, since, yellow]
-        aspect = env.aspect(**lights)[..., 0]
+        assert [int(lights.direction), int(lights.since), int(lights.yellow)] == [direction, since, yellow]
+        aspect = env.aspect(lights)[..., 0]
         assert aspect[0].tolist() == [north, north, east, east] and (aspect[1] == G).all()
         switched = bool(yellow and since == 0)
         assert bool(begins) == switched

@@ -1,0 +1,395 @@
+"""Runs that survive: files written whole, checkpoints verified before use, signals, errors of one line.
+
+with exits(2, ValueError, OSError):                       # what the user gave wrong: one line, exit code 2
+    checkpoint = load("runs/RUN/checkpoint.pt")
+with locked(run_dir), stop_signals() as caught:           # Ctrl-C, SIGTERM and SIGHUP are noted in `caught`
+    save(run_dir / "checkpoint.pt", {"nets": {"actor": weights}, "streams": generators})
+restore({"nets": {"actor": weights}, "streams": generators}, checkpoint)
+"""
+
+import argparse
+import contextlib
+import csv
+import fcntl
+import io
+import math
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from pydantic import Field
+from torch import Tensor
+from tqdm import tqdm
+
+Name = Annotated[str, Field(pattern=r"^\w[\w.+-]*$", max_length=100)]  # of a folder
+Threads = Annotated[int, Field(ge=1, le=1024)]
+Share = Annotated[float, Field(ge=0, le=1)]
+GIB = 2**30
+
+
+class Busy(OSError):
+    """Another process is at work in a run's folder."""
+
+
+@dataclass
+class Run:
+    """Where a run writes: its folder, a row of metrics per label and log step, a Weights & Biases run per label."""
+
+    dir: Path
+    labels: list[dict]  # what tells the S runs that train side by side apart: {"seed": 1}, ...
+    rows: list[dict] = field(default_factory=list)  # what metrics.csv holds
+    wandb_runs: list = field(default_factory=list)  # empty: not logged there
+
+    @property
+    def seeds(self) -> list[int]:
+        return [label["seed"] for label in self.labels]
+
+
+# ---------------------------------------------------------------- errors and signals
+
+
+@contextlib.contextmanager
+def exits(code: int, *kinds: type[BaseException], hint: Callable[[], str] | None = None) -> Iterator[None]:
+    """What is raised inside and is of these kinds ends the program: a line on stderr and this exit code."""
+    try:
+        yield
+    except kinds as error:
+        kind = "stopped" if isinstance(error, KeyboardInterrupt) else "error"
+        message = " ".join(str(error).split()) or type(error).__name__
+        parts = [Path(sys.argv[0]).name, kind, f"{message}; {hint()}" if hint else message]
+        print(": ".join(parts), file=sys.stderr)
+        raise SystemExit(code) from None
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """The list of signals that asked this process to stop, as they come: SIGINT, SIGTERM, and SIGHUP unless nohup."""
+    caught: list[int] = []
+    kinds = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        kinds.append(signal.SIGHUP)
+    handlers = {kind: signal.signal(kind, lambda number, frame: caught.append(number)) for kind in kinds}
+    try:
+        yield caught
+    finally:
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
+
+
+@contextlib.contextmanager
+def training(folder: Path) -> Iterator[None]:
+    """Inside, only this process is at work in the run's folder; what ends it early is a line that says how to go on."""
+
+    def hint() -> str:
+        is_saved = (folder / "checkpoint.pt").exists()
+        return f"go on with --resume {folder}" if is_saved else f"nothing is saved in {folder} yet"
+
+    failures = (OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError)
+    with exits(2, Busy), locked(folder), exits(1, *failures, hint=hint):
+        with exits(130, KeyboardInterrupt, hint=hint):
+            yield
+
+
+@contextlib.contextmanager
+def reporting(folder: Path) -> Iterator[None]:
+    """Inside, what ends the report early is a line that says how to repeat it."""
+
+    def hint() -> str:
+        return f"repeat the report with --evaluate {folder}"
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    failures = (OSError, MemoryError, torch.OutOfMemoryError)
+    try:
+        with exits(1, *failures, hint=hint), exits(130, KeyboardInterrupt, hint=hint):
+            yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def check_memory(env, args) -> None:
+    """Raise ValueError with the flag to blame if the largest tensors of a run do not fit this machine: an estimate."""
+    S, N = args.num_seeds, env.num_agents
+    O, A = env.obs_mask.shape[1], env.action_mask.shape[1]
+    hidden = getattr(args, "hidden_size", 64)
+    steps = getattr(args, "rollout_steps", env.horizon)
+    sample = N * (O + A) + 8 * hidden  # numbers that the networks of an agent hold for one
+    needs = {
+        "--num-envs": 3 * args.num_envs * steps * N * (O + A),
+        "--buffer-size": min(getattr(args, "buffer_size", 0), getattr(args, "total_timesteps", 0)) * N * (O + A),
+        "--batch-size": getattr(args, "batch_size", 0) * N * sample,
+        "--eval-episodes": getattr(args, "eval_episodes", 0) * N * sample,
+        "--hidden-size": 8 * N * hidden * sample,
+    }
+    needed = 4 * S * sum(needs.values())
+    if env.device.type == "cuda":
+        available = torch.cuda.mem_get_info(env.device)[1]
+    else:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
+        flag = max(needs, key=needs.get)
+        flag = f"--num-seeds or {flag}" if S > 1 else flag
+        raise ValueError(f"{flag} must be smaller: the run takes {needed / GIB:,.0f} of {available / GIB:,.0f} GiB")
+
+
+# ---------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def written(path: str | Path, mode: str = "w") -> Iterator:
+    """A file that is written aside, flushed to disk and renamed: at any moment `path` is whole, old or new."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with open(aside, mode, **({} if "b" in mode else {"newline": "", "encoding": "utf-8"})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)  # the new name
+        os.close(directory)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def write_rows(path: str | Path, rows: list[dict]) -> None:
+    """A CSV file; a column that some rows lack is empty there."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    with written(path) as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only one process at a time is in here for this folder: raise Busy if another one is. Leftovers of one that
+    was killed while it wrote are removed."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(f"another process is at work in {folder}") from None
+        for leftover in folder.glob("*.tmp"):
+            leftover.unlink()
+        yield
+    finally:
+        os.close(handle)
+
+
+def folder(path: str) -> Path:
+    """The run's folder: `path` is it, or a file in it."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
+def provenance(script: str) -> dict:
+    """The script's name, the git commit of its folder, None outside a repository, and versions of packages."""
+    command = ["git", "-C", str(Path(script).resolve().parent), "rev-parse", "HEAD"]
+    commit = None
+    with contextlib.suppress(OSError):  # no git
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    versions = {"python": sys.version.split()[0]}
+    for package in ("torch", "numpy", "pettingzoo"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {"script": Path(script).stem, "git_commit": commit, "versions": versions}
+
+
+# ---------------------------------------------------------------- arguments
+
+CHANGEABLE = set(  # flags that may differ from those of the run that goes on
+    "resume evaluate total_timesteps num_iterations cuda num_threads compile runs_dir backend capture_video"
+    " log_interval checkpoint_interval wandb_mode wandb_project_name wandb_entity".split()
+)
+
+
+def parse_args(kind: type, doc: str) -> tuple:
+    """Arguments from the command line, over those of the run that --resume or --evaluate names, and that run's
+    checkpoint, or {}. Raise ValueError where they do not fit each other."""
+    cli = partial(tyro.cli, kind, description=doc.split("\n")[0])
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--evaluate", type=Path)
+    given, _ = parser.parse_known_args()
+    if given.resume and given.evaluate:
+        raise ValueError("--resume and --evaluate exclude each other")
+    path = given.resume or given.evaluate
+    if path is None:
+        return cli(), {}
+    if path.is_dir():
+        is_trained = given.evaluate and (path / "policy.pt").exists()
+        path = path / ("policy.pt" if is_trained else "checkpoint.pt")
+    checkpoint = load(path)
+    saved, known = checkpoint["args"], {f.name for f in fields(kind)}
+    if unknown := saved.keys() - known:
+        raise ValueError(f"{path} has arguments that are unknown here: {', '.join(sorted(unknown))}")
+    if new := known - saved.keys():
+        print(f"not in {path}, set to their defaults: {', '.join(sorted(new))}")
+    saved = kind(**saved | {"resume": None, "evaluate": None})
+    args = cli(default=saved)
+    for name, value in asdict(args).items():
+        before, flag = getattr(saved, name), f"--{name.replace('_', '-')}"
+        if value != before and not (name in CHANGEABLE or name.startswith("eval_")):
+            raise ValueError(f"{flag} must be {before} as in {path}, got {value}")
+        if name in ("total_timesteps", "num_iterations") and value < before:
+            raise ValueError(f"{flag} must be at least {before} as in {path}, got {value}")
+    return args, checkpoint
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def pack(x):
+    """Training state as tensors, numbers and containers of them, on the CPU and owning their memory."""
+    if isinstance(x, dict):
+        return {name: pack(value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [pack(value) for value in x]
+    if isinstance(x, torch.Generator):
+        return x.get_state()
+    if isinstance(x, torch.optim.Optimizer):
+        return pack(x.state_dict())
+    return x.detach().cpu().clone() if isinstance(x, Tensor) else x
+
+
+def check_finite(x, name: str) -> None:
+    """Raise FloatingPointError with the place of a NaN or infinity in packed state."""
+    if isinstance(x, dict | list):
+        for key, value in x.items() if isinstance(x, dict) else enumerate(x):
+            check_finite(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(x, Tensor) and not bool(x.isfinite().all()):
+        raise FloatingPointError(f"{name} is not finite")
+
+
+def save(path: Path, state: dict) -> None:
+    """Write a checkpoint: tensors, numbers, generators, optimisers and containers of them. Raise FloatingPointError
+    before anything is written if something in it is not finite."""
+    packed = pack(state)
+    check_finite(packed, "")
+    buffer = io.BytesIO()  # torch.save aborts the process where a disk is full
+    torch.save(packed, buffer)
+    with written(path, "wb") as file:
+        file.write(buffer.getbuffer())
+
+
+def load(path: Path) -> dict:
+    """Read a checkpoint, its bytes verified, which torch.load does not do. Raise ValueError if it is no whole one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict) or "args" not in checkpoint:
+            raise ValueError("args is missing")
+        return checkpoint
+    except FileNotFoundError:
+        raise ValueError(f"no checkpoint at {path}") from None
+    except Exception as error:  # a damaged file fails in as many ways as it has bytes
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} is no readable checkpoint: {reason or type(error).__name__}") from None
+
+
+def restore(live: dict, saved: dict, name: str = "checkpoint") -> None:
+    """Copy what `save` packed into the tensors, generators and optimisers of `live`, in place. Raise ValueError with
+    the key that is missing or of another size. Generators of another kind of device begin anew."""
+    for key, target in live.items():
+        place = f"{name}.{key}"
+        if not isinstance(saved, dict) or key not in saved:
+            raise ValueError(f"{place} is missing")
+        value = saved[key]
+        if isinstance(target, dict):
+            restore(target, value, place)
+        elif isinstance(target, list):
+            restore(dict(enumerate(target)), dict(enumerate(value)), place)
+        elif isinstance(target, torch.Generator):
+            if value.shape == target.get_state().shape:
+                target.set_state(value)
+            else:
+                target.manual_seed(zlib.crc32(value.numpy().tobytes()))
+        elif isinstance(target, torch.optim.Optimizer):
+            try:
+                target.load_state_dict(value)
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{place} does not fit: {error}") from None
+        elif isinstance(target, int):
+            if not isinstance(value, int):
+                raise ValueError(f"{place} must be a number, got {value!r}")
+        elif not isinstance(value, Tensor) or value.shape != target.shape:
+            shape = list(getattr(value, "shape", ()))
+            raise ValueError(f"{place} is {shape} where the arguments ask for {list(target.shape)}")
+        else:
+            target.detach().copy_(value)
+
+
+# ---------------------------------------------------------------- progress and Weights & Biases
+
+
+def progress_bar(total: int, initial: int, unit: str = "step") -> tqdm:
+    """Of environment steps; without a terminal it is silent but for `show_progress`."""
+    return tqdm(total=total, initial=initial, unit=unit, delay=0 if sys.stderr.isatty() else math.inf)
+
+
+def show_progress(bar: tqdm, **values: str) -> None:
+    """`values` beside the progress bar or, without a terminal, in a line with steps, speed and time left."""
+    bar.set_postfix(values, refresh=False)
+    if not sys.stderr.isatty():
+        print(bar, flush=True)
+
+
+def start_wandb(run: Run, args) -> None:
+    """A Weights & Biases run per label, grouped by run name: offline if online fails, none if that fails too. A run
+    that goes on logs its earlier rows again, so that its record has no gap."""
+    modes = {"online": ["online", "offline"], "offline": ["offline"], "disabled": []}
+    for mode in modes[args.wandb_mode]:
+        try:
+            import wandb  # slow to import, and may be absent
+
+            settings = wandb.Settings(init_timeout=30, console="off", silent=True)
+            init = partial(wandb.init, project=args.wandb_project_name, entity=args.wandb_entity, mode=mode)
+            init = partial(
+                init, group=run.dir.name, dir=run.dir, resume="allow", reinit="create_new", settings=settings
+            )
+            for k, label in enumerate(run.labels):
+                name = f"{run.dir.name}__run{k}__seed{label['seed']}"
+                run.wandb_runs.append(init(name=name, id=name, config=asdict(args) | label))
+            break
+        except Exception as error:
+            print(f"wandb ({mode}) is left out: {error!r}", file=sys.stderr)
+            run.wandb_runs.clear()
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # else the names are still in use
+    for k in range(0, len(run.rows), len(run.labels)):
+        log_wandb(run, run.rows[k : k + len(run.labels)], run.rows[k]["global_step"])
+
+
+def log_wandb(run: Run, rows: Iterable[dict], step: int) -> None:
+    """A row to the Weights & Biases run of each seed. What wandb raises ends its logging, not the run."""
+    try:
+        for wandb_run, row in zip(run.wandb_runs, rows):
+            wandb_run.log(row, step=step)
+    except Exception as error:
+        run.wandb_runs.clear()
+        print(f"wandb failed and is left out from now on: {error!r}", file=sys.stderr)
+
+
+def finish_wandb(run: Run) -> None:
+    """Hand over what is logged, of all seeds."""
+    with contextlib.suppress(Exception):
+        for wandb_run in run.wandb_runs:
+            wandb_run.finish()

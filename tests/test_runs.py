@@ -1,0 +1,551 @@
+"""What every script's runs have in common: folders, checkpoints that survive, resumed runs, signals, wrong input."""
+
+import csv
+import errno
+import importlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+import torch
+from commands import ROOT, finish, only, start_script, without_speed
+
+import envs
+from envs import runs
+
+sys.path.insert(0, str(ROOT / "baselines"))
+
+STEPS = "--total-timesteps=400 --log-interval=100 --checkpoint-interval=200 --eval-episodes=4"
+REPLAY = f"{STEPS} --num-envs=4 --learning-starts=100 --buffer-size=1000"
+SMALL = {  # script: flags of a run of seconds, with more than three updates and two checkpoints
+    "ernie_maddpg": f"{REPLAY} --batch-size=32 --hidden-size=16",
+    "ernie_mappo": f"{STEPS} --checkpoint-interval=100 --env-id=simple_spread_v3 --num-envs=2 --num-minibatches=1"
+    " --update-epochs=1 --hidden-size=16",
+    "ernie_meanfield": f"{REPLAY} --num-agents=3 --batch-size=8 --hidden-size=8 --reg-batch-size=4 --transport-steps=10"
+    " --eval-agents 3",
+    "ernie_qcombo": f"{STEPS} --num-envs=4 --horizon=200 --warmup=45 --rollout-steps=5 --updates-per-rollout=1"
+    " --buffer-size=1000 --batch-size=16 --hidden-size=16 --eval-warmup=1 --eval-seconds=2",
+    "ernie_coma": f"{STEPS} --checkpoint-interval=40 --num-envs=2 --horizon=60 --warmup=10 --rollout-steps=10"
+    " --hidden-size=16 --reg-batch-size=8 --eval-warmup=1 --eval-seconds=2",
+    "rma3c": f"{REPLAY} --batch-size=32 --hidden-size=16",
+    "ermas_bimatrix": "--num-iterations=12 --log-interval=3 --checkpoint-interval=2 --num-envs=8 --horizon=6"
+    " --inner-steps=2 --eval-iterations=3 --eval-q 0 0.5",
+}
+LONGER = {"ermas_bimatrix": "--num-iterations=18"}  # half as long again
+QUICK = {"ermas_bimatrix": "--eval-iterations=1"}  # the shortest report
+REPORT = {"ermas_bimatrix": ("test_games.csv", "report.png")}
+OFFLINE = "--wandb-mode=disabled"
+KILLED = """
+import os, signal, sys
+sys.path[:0] = [{root!r}, {root!r} + "/baselines"]
+sys.argv[0] = "{script}.py"
+import {script} as script
+calls, update = [], script.update
+def counted(*args, **options):
+    calls.append(1)
+    if len(calls) == {call}:
+        os.kill(os.getpid(), signal.{signal})
+    return update(*args, **options)
+script.update = counted
+script.main()
+"""
+
+
+@pytest.fixture(params=SMALL)
+def script(request):
+    return importlib.import_module(request.param)
+
+
+def flags_of(script) -> list[str]:
+    return ["--no-cuda", *SMALL[script.__name__].split()]
+
+
+def quick(script) -> str:
+    return QUICK.get(script.__name__, "--eval-episodes=1")
+
+
+def report_of(script) -> tuple[str, str]:
+    return REPORT.get(script.__name__, ("robustness.csv", "robustness.png"))
+
+
+def path_of(script):
+    return next(path for path in (ROOT, ROOT / "baselines") if (path / f"{script.__name__}.py").exists())
+
+
+def start(script, tmp_path, *flags, **environment):
+    """A new small run as a user starts it."""
+    name = path_of(script) / f"{script.__name__}.py"
+    return start_script(str(name), "--runs-dir", tmp_path, *flags_of(script), *flags, **environment)
+
+
+def go_on(script, *flags):
+    return start_script(str(path_of(script) / f"{script.__name__}.py"), *flags)
+
+
+def call(script, monkeypatch, *flags) -> int:
+    """script.main() in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+    try:
+        script.main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def refused(script, monkeypatch, capsys, *flags) -> str:
+    """What the script says about wrong flags, with exit code 2."""
+    assert call(script, monkeypatch, *flags) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return " ".join(" ".join(line.strip(" │") for line in error.splitlines()).split())
+
+
+def steps_of(rows) -> list[str]:
+    return list(dict.fromkeys(row["global_step"] for row in rows))
+
+
+def read(path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same_end(one, two) -> bool:
+    """Have two run folders the same metrics and the same networks, bit for bit?"""
+    tables = [without_speed(read(folder / "metrics.csv")) for folder in (one, two)]
+    nets = [runs.load(folder / "checkpoint.pt")["nets"] for folder in (one, two)]
+    return tables[0] == tables[1] and all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of two seeds per script: {name: (folder, what it printed)}; made when it is asked for."""
+    made = {}
+
+    def get(script):
+        name = script.__name__
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            out, _ = finish(start(script, folder, "--capture-video", "--num-seeds=2"))
+            made[name] = (only(folder), out)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished run, to be spoilt."""
+    return lambda script: shutil.copytree(finished(script)[0], tmp_path / "copy")
+
+
+# ---------------------------------------------------------------- a whole run
+
+
+def test_a_run_leaves_what_it_promises(script, finished, monkeypatch):
+    folder, out = finished(script)
+    about = json.loads((folder / "args.json").read_text())
+    assert about["versions"]["torch"] == version("torch") and about["num_seeds"] == 2
+    rows = read(folder / "metrics.csv")
+    num_runs = len(rows) // len(steps_of(rows))
+    assert len(list(folder.glob("wandb/offline-run-*"))) == num_runs >= 2
+    for name in ("metrics.csv", "checkpoint.pt", "policy.pt", *report_of(script), "episode.gif"):
+        assert (folder / name).stat().st_size > 0
+    assert not list(folder.glob("*.tmp"))
+    assert {row["seed"] for row in read(folder / report_of(script)[0])} == {row["seed"] for row in rows} == {"1", "2"}
+    assert len(steps_of(rows)) > 2 and out.count("/s, ") >= len(steps_of(rows))  # without a terminal, a line per log
+    size = [(folder / name).stat().st_size for name in ("policy.pt", "checkpoint.pt")]
+    assert size[0] < size[1]
+
+
+def test_the_policy_alone_is_enough_to_evaluate(script, copy, monkeypatch):
+    folder = copy(script)
+    report = folder / report_of(script)[0]
+    before = report.read_text()
+    (folder / "checkpoint.pt").unlink()
+    assert call(script, monkeypatch, "--evaluate", folder) == 0
+    assert report.read_text() == before  # the same policies, the same episodes
+    assert call(script, monkeypatch, "--evaluate", folder / "policy.pt", quick(script)) == 0
+    assert report.read_text() != before  # the flag beats the saved value
+
+
+def test_a_renamed_copy_reads_its_parents_runs(script, finished, tmp_path):
+    folder, _ = finished(script)
+    shutil.copy(path_of(script) / f"{script.__name__}.py", tmp_path / "mine.py")
+    command = [sys.executable, str(tmp_path / "mine.py"), "--evaluate", str(folder), quick(script)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+
+
+def test_torchrun_shares_out_the_seeds(script, finished, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    name = str(path_of(script) / f"{script.__name__}.py")
+    command = [*launch, name, *flags_of(script), OFFLINE, "--num-seeds=2", f"--runs-dir={tmp_path}"]
+    finish(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    together = without_speed(read(finished(script)[0] / "metrics.csv"))
+    for seed in (1, 2):
+        (folder,) = tmp_path.glob(f"*__{seed}__*")
+        own = without_speed(read(folder / "metrics.csv"))
+        expected = [row for row in together if row["seed"] == str(seed)]
+        assert [row["global_step"] for row in own] == [row["global_step"] for row in expected]
+        for row, other in zip(own, expected):
+            numbers = [name for name in row if "/" in name and "interaction" not in name]
+            assert all(float(row[k]) == pytest.approx(float(other[k]), rel=1e-3, abs=1e-4) for k in numbers)
+    command = [*launch, name, *flags_of(script), OFFLINE, "--num-seeds=3", f"--runs-dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "--num-seeds must be a multiple of torchrun's 2 processes, got 3" in done.stderr
+
+
+# ---------------------------------------------------------------- killed, stopped, resumed
+
+
+@pytest.mark.parametrize("how,code", [("SIGKILL", -9), ("SIGINT", 130)])
+def test_killed_or_stopped_and_resumed_equals_uninterrupted(script, finished, tmp_path, how, code):
+    """At the third update, whatever the machine's load."""
+    source = KILLED.format(root=str(ROOT), script=script.__name__, call=3, signal=how)
+    flags = [*flags_of(script), OFFLINE, "--num-seeds=2", f"--runs-dir={tmp_path}"]
+    command = [sys.executable, "-c", source, *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _, error = finish(process, code)
+    folder = only(tmp_path)
+    if how == "SIGINT":
+        assert error.strip().endswith(f"go on with --resume {folder}")
+    (folder / "metrics.csv").write_text("seed,global_st")  # what a kill in the middle of a write leaves
+    (folder / "checkpoint.pt.tmp").write_text("half")
+    finish(go_on(script, "--resume", folder))
+    assert same_end(folder, finished(script)[0]) and not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_in_the_last_update_still_stops(script, monkeypatch, capsys, tmp_path, how):
+    updates, last, update, save = [], [], script.update, runs.save
+
+    def counted(*args, **options):
+        updates.append(1)
+        if [len(updates)] == last:
+            os.kill(os.getpid(), getattr(signal, how))
+        return update(*args, **options)
+
+    def noted(path, state):
+        if path.name == "policy.pt":  # training is over
+            last.append(len(updates))
+        save(path, state)
+
+    monkeypatch.setattr(script, "update", counted)
+    monkeypatch.setattr(runs, "save", noted)
+    flags = [*flags_of(script), OFFLINE, f"--runs-dir={tmp_path}", quick(script)]
+    assert call(script, monkeypatch, *flags) == 0
+    updates.clear()
+    assert call(script, monkeypatch, *flags) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("*/checkpoint.pt"))) == 2
+    assert len(list(tmp_path.glob(f"*/{report_of(script)[0]}"))) == 1
+
+
+def test_ctrl_c_while_importing_prints_no_traceback(script, tmp_path):
+    """A package that presses it while it is imported."""
+    (tmp_path / "pydantic.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    process = start(script, tmp_path, OFFLINE, PYTHONPATH=str(tmp_path))
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGINT and out == error == ""
+
+
+def test_a_finished_run_is_made_longer(script, copy, monkeypatch, tmp_path):
+    folder = copy(script)
+    before = read(folder / "metrics.csv")
+    flag = LONGER.get(script.__name__, "--total-timesteps=600")
+    assert call(script, monkeypatch, "--resume", folder, flag, quick(script), OFFLINE) == 0
+    rows = read(folder / "metrics.csv")
+    assert rows[: len(before)] == before and len(rows) > len(before)
+    steps = [int(step) for step in steps_of(rows)]
+    assert steps == sorted(steps) and len(rows) % len(steps) == 0
+    name, value = flag.removeprefix("--").replace("-", "_").split("=")
+    assert json.loads((folder / "args.json").read_text())[name] == int(value)
+
+
+def test_a_run_is_not_made_shorter(script, finished, monkeypatch, capsys):
+    folder, _ = finished(script)
+    flag, longer = LONGER.get(script.__name__, "--total-timesteps=600").split("=")
+    error = refused(script, monkeypatch, capsys, "--resume", folder, f"{flag}={int(longer) // 2}")
+    assert f"{flag} must be at least" in error
+
+
+@pytest.mark.parametrize("script", ["ernie_maddpg"], indirect=True)
+def test_a_run_that_overshot_its_total_is_resumed_and_evaluated_where_it_lies(script, monkeypatch, tmp_path):
+    flags = [*flags_of(script), "--num-envs=4", "--total-timesteps=450", OFFLINE]
+    assert call(script, monkeypatch, f"--runs-dir={tmp_path}/runs", *flags) == 0
+    folder = only(tmp_path / "runs")
+    rows = read(folder / "metrics.csv")
+    assert int(rows[-1]["global_step"]) > 450
+    (folder / "policy.pt").unlink()
+    assert call(script, monkeypatch, "--resume", folder, OFFLINE) == 0
+    assert read(folder / "metrics.csv") == rows and (folder / "policy.pt").exists()
+    moved = folder.rename(tmp_path / "moved")
+    (moved / "robustness.csv").unlink()
+    assert call(script, monkeypatch, "--evaluate", moved, OFFLINE) == 0
+    assert (moved / "robustness.csv").exists() and not folder.exists()
+
+
+def test_two_processes_cannot_resume_one_run(script, copy, monkeypatch, capsys):
+    folder = copy(script)
+    before = (folder / "args.json").read_text()
+    flag = LONGER.get(script.__name__, "--total-timesteps=600")
+    with runs.locked(folder):
+        error = refused(script, monkeypatch, capsys, "--resume", folder, flag, OFFLINE)
+    assert "another process is at work" in error and (folder / "args.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "flag", ["--seed=3", "--num-seeds=3", "--hidden-size=32", "--epsilon=0.7", "--learning-rate=5"]
+)
+def test_what_cannot_change_is_refused_by_name(script, finished, monkeypatch, capsys, flag):
+    folder, _ = finished(script)
+    error = refused(script, monkeypatch, capsys, "--resume", folder, flag)
+    assert f"{flag.split('=')[0]} must be" in error
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_no_flipped_bit_of_a_checkpoint_loads_as_something_else(tmp_path):
+    whole, damaged = tmp_path / "whole.pt", tmp_path / "damaged.pt"
+    generator = torch.Generator().manual_seed(0)
+    runs.save(whole, {"args": {"seed": 1}, "nets": {"actor": torch.randn(50, generator=generator)}})
+    expected, data, draw = runs.load(whole), whole.read_bytes(), random.Random(0)
+    refusals = 0
+    for _ in range(300):
+        flipped = bytearray(data)
+        flipped[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        damaged.write_bytes(flipped)
+        try:
+            loaded = runs.load(damaged)
+        except ValueError as error:
+            refusals += 1
+            assert str(damaged) in str(error)
+            continue
+        assert loaded["args"] == expected["args"] and torch.equal(loaded["nets"]["actor"], expected["nets"]["actor"])
+    assert refusals > 100  # the rest met padding and dates
+    for cut in (0, 1, 30, len(data) // 2, len(data) - 1):
+        damaged.write_bytes(data[:cut])
+        with pytest.raises(ValueError, match="no readable checkpoint"):
+            runs.load(damaged)
+
+
+def spoil(folder, change) -> None:
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, folder / "checkpoint.pt")
+
+
+def test_a_foreign_or_old_checkpoint_is_named(script, copy, monkeypatch, capsys):
+    folder = copy(script)
+    whole = (folder / "checkpoint.pt").read_bytes()
+
+    def says(change):
+        (folder / "checkpoint.pt").write_bytes(whole)
+        spoil(folder, change)
+        return refused(script, monkeypatch, capsys, "--resume", folder, OFFLINE)
+
+    first = next(iter(torch.load(folder / "checkpoint.pt", weights_only=True)["nets"]))
+    assert f"nets.{first} is missing" in says(lambda c: c["nets"].pop(first))
+    assert f"nets.{first} is [3, 3]" in says(lambda c: c["nets"].update({first: torch.zeros(3, 3)}))
+    assert "optimizer" in says(lambda c: c.pop("optimizers"))
+    assert "streams is missing" in says(lambda c: c.pop("streams"))
+    assert "args is missing" in says(lambda c: c.pop("args"))
+    assert "no_such_flag" in says(lambda c: c["args"].update(no_such_flag=1))
+    assert "seed" in says(lambda c: c["args"].update(seed=-3))
+    (folder / "checkpoint.pt").write_bytes(whole)
+    spoil(folder, lambda c: c["args"].pop("learning_rate"))
+    assert call(script, monkeypatch, "--resume", folder, OFFLINE, quick(script)) == 0
+    assert "set to their defaults: learning_rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("which", ["checkpoint.pt", "metrics.csv", "policy.pt", "table", "picture"])
+def test_a_full_disk_is_one_line_and_leaves_whole_files(script, monkeypatch, capsys, tmp_path, which):
+    which = {"table": report_of(script)[0], "picture": report_of(script)[1]}.get(which, which)
+    real, count = os.replace, []
+
+    def full(source, target):
+        count.append(str(target))
+        if str(target).endswith(which) and len(count) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert call(script, monkeypatch, *flags_of(script), OFFLINE, f"--runs-dir={tmp_path}") == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    folder = only(tmp_path)
+    assert "No space left on device" in error and which in error and str(folder) in error
+    assert "--resume" in error or "--evaluate" in error
+    assert not list(folder.glob("*.tmp"))
+    monkeypatch.setattr(os, "replace", real)
+    assert call(script, monkeypatch, "--resume", folder, OFFLINE, quick(script)) == 0
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(script, monkeypatch, capsys, tmp_path):
+    calls, update = [], script.update
+
+    def poisoned(*args, **options):
+        calls.append(1)
+        metrics = update(*args, **options)
+        return {name: value * (math.nan if len(calls) > 2 else 1.0) for name, value in metrics.items()}
+
+    monkeypatch.setattr(script, "update", poisoned)
+    flags = [*flags_of(script), OFFLINE, f"--runs-dir={tmp_path}", "--checkpoint-interval=1"]
+    assert call(script, monkeypatch, *flags) == 1
+    assert "not finite" in capsys.readouterr().err
+    for path in tmp_path.glob("*/checkpoint.pt"):
+        runs.check_finite(runs.load(path)["nets"], "nets")
+
+
+def test_save_refuses_what_is_not_finite(tmp_path):
+    with pytest.raises(FloatingPointError, match="nets.actor.1 is not finite"):
+        runs.save(tmp_path / "x.pt", {"nets": {"actor": [torch.ones(2), torch.tensor([math.inf])]}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_generators_of_another_device_begin_anew():
+    """Not with the numbers that were drawn before."""
+    other = torch.arange(16, dtype=torch.uint8)  # the state of a generator on a GPU has this size
+    states = []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(1)
+        runs.restore({"streams": [generator]}, {"streams": [other]})
+        states.append(generator.get_state())
+    assert torch.equal(*states) and not torch.equal(states[0], torch.Generator().manual_seed(1).get_state())
+
+
+def test_the_shell_never_sees_a_folders_name(tmp_path):
+    folder = tmp_path / "x'; touch y; '"
+    folder.mkdir()
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    who = ["-c", "user.name=a", "-c", "user.email=b"]
+    subprocess.run(["git", "-C", str(folder), *who, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    commit = runs.provenance(str(folder / "script.py"))["git_commit"]
+    assert commit and len(commit) == 40 and not (folder / "y").exists()
+
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert runs.provenance(__file__)["git_commit"] is None
+
+
+# ---------------------------------------------------------------- Weights & Biases
+
+
+def test_wandb_that_fails_does_not_stop_the_run(script, monkeypatch, capsys, tmp_path):
+    wandb = pytest.importorskip("wandb")
+
+    def unreachable(**options):
+        raise wandb.errors.CommError("no route to host")
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    assert call(script, monkeypatch, *flags_of(script), f"--runs-dir={tmp_path}", "--wandb-mode=online") == 0
+    error = capsys.readouterr().err
+    assert error.count("no route to host") == 2  # online, then offline
+
+
+@pytest.mark.slow
+def test_online_without_a_server_is_offline(script, tmp_path):
+    server = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "x" * 40}
+    _, error = finish(start(script, tmp_path, "--wandb-mode=online", **server))
+    assert "wandb (online) is left out" in error and "wandb (offline)" not in error
+    assert list(only(tmp_path).glob("wandb/offline-run-*"))
+
+
+def test_a_resumed_run_logs_its_earlier_rows_again(script, copy, monkeypatch):
+    folder = copy(script)
+    logged = []
+
+    class Recorder:
+        def log(self, row, step):
+            logged.append((row["seed"], step))
+
+    args = script.Args(**runs.load(folder / "checkpoint.pt")["args"])
+    rows = runs.load(folder / "checkpoint.pt")["rows"]
+    monkeypatch.setattr("wandb.init", lambda **options: Recorder())
+    labels = [{"seed": row["seed"]} for row in rows if row["global_step"] == rows[0]["global_step"]]
+    runs.start_wandb(runs.Run(folder, labels, rows), args)
+    assert logged == [(row["seed"], row["global_step"]) for row in rows] and len(rows) > 2
+
+
+# ---------------------------------------------------------------- wrong input
+
+
+def test_every_number_has_bounds(script, monkeypatch, capsys):
+    """Of the type of each field: nan, infinity and a number below its range are refused, in code as by the flag."""
+    tried = 0
+    for name, value in script.Args().__dict__.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        bad = [-1] if isinstance(value, int) else [math.nan, math.inf, -1e30]
+        for wrong in bad:
+            with pytest.raises(ValueError, match=name):
+                script.Args(**{name: wrong})
+            tried += 1
+    assert tried > 20
+    error = refused(script, monkeypatch, capsys, "--num-seeds=0", "--learning-rate=nan")
+    assert "num_seeds" in error and "learning_rate" in error and "greater than" in error
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        ("--exp-name=a/b", "exp_name"),
+        ("--exp-name=../../x", "exp_name"),
+        ("--exp-name=", "exp_name"),
+        ("--resume=", "no checkpoint at checkpoint.pt"),
+        ("--evaluate=", "no checkpoint at checkpoint.pt"),
+        ("--resume=nowhere", "no checkpoint at nowhere"),
+        ("--resume=a --evaluate=b", "exclude each other"),
+        ("--num-seeds=100000000000", "--num-seeds"),
+        ("--num-envs=1000000000", "--num-envs"),
+        ("--hidden-size=10000000", "--hidden-size"),
+        ("--num-threads=1000000", "num_threads"),
+        ("--seed=-1", "seed"),
+        ("--no-such-flag", "--no-such-flag"),
+        ("--env-id=no_such_task", "env"),
+    ],
+)
+def test_wrong_input_is_named(script, monkeypatch, capsys, tmp_path, flags, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(script, monkeypatch, capsys, *flags.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["ernie_maddpg", "ernie_meanfield", "rma3c"], indirect=True)
+def test_a_replay_without_room_for_an_episode_is_refused(script, monkeypatch, capsys):
+    flags = [flag for flag in flags_of(script) if "buffer-size" not in flag]
+    assert "--buffer-size must hold" in refused(script, monkeypatch, capsys, *flags, "--buffer-size=10")
+
+
+@pytest.mark.parametrize("script", ["ernie_maddpg"], indirect=True)
+def test_an_attack_too_small_for_a_gradient_is_no_error(script, monkeypatch, tmp_path):
+    flags = [*flags_of(script), "--epsilon=1e-8", OFFLINE, f"--runs-dir={tmp_path}"]
+    assert call(script, monkeypatch, *flags) == 0
+
+
+def test_a_folder_that_cannot_be_written_is_named(script, monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    error = refused(script, monkeypatch, capsys, f"--runs-dir={tmp_path}/file", *flags_of(script))
+    assert f"{tmp_path}/file" in error
+
+
+def test_memory_is_estimated_for_the_flag_to_blame():
+    assert "--buffer-size" in str(pytest.raises(ValueError, check_maddpg, buffer_size=10**12, total_timesteps=10**12))
+    assert "--batch-size" in str(pytest.raises(ValueError, check_maddpg, batch_size=10**9))
+    assert "--eval-episodes" in str(pytest.raises(ValueError, check_maddpg, eval_episodes=10**11))
+    check_maddpg()
+
+
+def check_maddpg(**options):
+    import ernie_maddpg
+
+    args = ernie_maddpg.Args(**options)
+    runs.check_memory(envs.make(args.env_id, args.num_envs), args)
