@@ -30,8 +30,13 @@ def size(source: str) -> tuple[int, int]:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             docstring.update(range(node.lineno, node.end_lineno + 1))
     kinds = (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING)
-    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type in kinds]
-    tokens = [t for t in tokens if t.start[0] not in docstring]
+    begin, end = (getattr(tokenize, name, None) for name in ("FSTRING_START", "FSTRING_END"))
+    tokens, depth = [], 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        depth -= token.type == end  # from Python 3.12 on an f-string is many tokens: it counts as one
+        if depth == 0 and (token.type in kinds or token.type == end) and token.start[0] not in docstring:
+            tokens.append(token)
+        depth += token.type == begin
     lines = {line for t in tokens for line in range(t.start[0], t.end[0] + 1)}
     return len(tokens), len(lines)
 
@@ -57,6 +62,7 @@ def clashes(sources: dict[str, dict[str, str]]) -> list[str]:
 
 def test_size_counts_tokens_and_lines_without_docstrings():
     assert size('"""One.\nTwo."""\n\nx = f(1,\n      "a")  # why\n') == (8, 2)
+    assert size('x = f"{a + b} {c:.2f}"\n') == (3, 1)
 
 
 @pytest.mark.parametrize("name", BUDGET)
