@@ -622,7 +622,7 @@ def make_env(args: Args, num_envs: int, device: torch.device) -> Env:
     if env.discrete == args.continuous_actions:
         raise ValueError(f"--continuous-actions must be {not env.discrete} with {args.env_id}")
     if args.buffer_size < args.num_envs * env.horizon:
-        raise ValueError(f"--buffer-size must hold an episode of every environment, got {args.buffer_size}")
+        raise ValueError(f"--buffer-size must hold an episode of each of --num-envs, got {args.buffer_size}")
     return env
 
 

@@ -751,7 +751,7 @@ def setup(args: Args) -> torch.device:
 def make_env(args: Args, num_envs: int, device: torch.device) -> Env:
     env = envs.make(args.env_id, num_envs, device, num_agents=args.num_agents)
     if args.buffer_size < args.num_envs * env.horizon:
-        raise ValueError(f"--buffer-size must hold an episode of every environment, got {args.buffer_size}")
+        raise ValueError(f"--buffer-size must hold an episode of each of --num-envs, got {args.buffer_size}")
     return env
 
 

@@ -528,7 +528,7 @@ def test_each_point_of_a_sweep_has_its_own_traffic():
     torch.testing.assert_close(rewards[:, 1], rewards[:, 0])  # the same traffic at every point
     assert rewards.shape == (2, 3, 2) and (rewards[:, 2] != rewards[:, 0]).all()
     for name, rows, num_lights in (("irregular", 2, 4), ("4x4", 4, 16), ("6x6", 6, 36), ("atlanta", 4, 16)):
-        env = lights.make_env(4, **script.NETWORKS[name])
+        env = lights.make_env(4, **robustness.NETWORKS[name])
         assert (env.rows, env.num_agents, env.num_envs) == (rows, num_lights, 4)
 
 
@@ -541,12 +541,12 @@ def test_report_has_every_point_and_the_fixed_time_signal(tmp_path, capsys):
     nets["normalizer"].flat[:] = 1
     run = runs.Run(tmp_path, [{"seed": seed} for seed in args.seeds])
     labels = {"env_id": args.env_id, "policy": "stackelberg"}
-    robustness.report_lights(lights_of(args, nets), script.SWEEP, script.NETWORKS, run, labels, "robustness")
+    robustness.report_lights(lights_of(args, nets), robustness.LIGHTS, robustness.NETWORKS, run, labels, "robustness")
     rows, out = list(csv.DictReader(open(tmp_path / "robustness.csv"))), capsys.readouterr().out
     columns = ["env_id", "policy", "seed", "perturbation", "strength", "episodes", *METRICS, "standard_error"]
     assert list(rows[0]) == columns and (tmp_path / "robustness.png").stat().st_size > 0
-    swept = {("clean", "0.0"), *((name, str(s)) for name in script.SWEEP for s in script.SWEEP[name])}
-    swept |= {("network", name) for name in script.NETWORKS}
+    swept = {("clean", "0.0"), *((name, str(s)) for name in robustness.LIGHTS for s in robustness.LIGHTS[name])}
+    swept |= {("network", name) for name in robustness.NETWORKS}
     changed = {point for point in swept if point[0] in ("clean", "speed", "flow", "network")}
     for policy, seeds, points in (("stackelberg", ["1", "2"], swept), ("fixed_time", ["1"], changed)):
         for seed in seeds:

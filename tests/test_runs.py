@@ -225,6 +225,8 @@ def test_killed_or_stopped_and_resumed_equals_uninterrupted(script, finished, tm
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_signal_in_the_last_update_still_stops(script, monkeypatch, capsys, tmp_path, how):
     updates, last, update, save = [], [], script.update, runs.save
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # the tests run under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def counted(*args, **options):
         updates.append(1)
