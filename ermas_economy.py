@@ -49,12 +49,12 @@ import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 from PIL import Image
-from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
 import envs
 from envs import economy
+from envs.robustness import half_interval as interval
 
 Generators = list[torch.Generator]  # one per run
 Batch = dict[str, Tensor]  # episodes, a minibatch, or metrics [R]
@@ -945,12 +945,6 @@ def welfare_report(
             image = wandb.Image(str(run_dir / "report.png"))
             run.log({"welfare": wandb.Table(columns=columns, data=data), "report": image})
             run.finish()
-
-
-def interval(values: np.ndarray) -> np.ndarray:
-    """Half-width of the 95% t-interval of the mean over seeds, of values [K, n]: [n]; NaN for a single seed."""
-    K = len(values)
-    return stats.t.ppf(0.975, K - 1) * stats.sem(values) if K > 1 else np.full(values.shape[1], math.nan)
 
 
 def by_skill(facts: Batch) -> dict[str, np.ndarray]:

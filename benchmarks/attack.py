@@ -18,7 +18,6 @@ folder: a row per attack, radius and seed.
 
 import importlib
 import json
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ import pydantic.dataclasses
 import torch
 import tyro
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
-from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
@@ -85,7 +83,7 @@ class Victim:
     def task(self, num_envs: int) -> tuple[envs.Env, Callable]:
         """Environment, and its step, compiled once for each size."""
         if num_envs not in self.tasks:
-            env = self.build(num_envs)
+            env = self.build(num_envs=num_envs)
             step = torch.compile(env.step, fullgraph=True) if self.compile else env.step
             self.tasks[num_envs] = env, step
         return self.tasks[num_envs]
@@ -112,18 +110,26 @@ def load_run(run_dir: Path) -> tuple:
         raise ValueError(f"{path} does not fit {name}.py: {error}") from None
 
 
+def rebuild(run: tuple, device: torch.device, seconds: int, warmup: int) -> tuple[Callable, dict]:
+    """What makes `num_envs` environments of a run as load_run returns it, of traffic lights for `seconds` after
+    `warmup`, and its trained networks."""
+    script, args, checkpoint = run
+    build = partial(script.make_env, args, device=device)
+    if args.env_id.startswith("traffic_"):
+        build = partial(build, horizon=seconds, warmup=warmup)
+    nets, _ = script.make_nets(build(num_envs=args.num_seeds), args)
+    runs.restore({"nets": {name: net.flat for name, net in nets.items()}}, checkpoint)
+    return build, nets
+
+
 def load(device: torch.device, asked: Args) -> Victim:
     """Raises ValueError for what is no run with policies that observe."""
     script, args, checkpoint = load_run(asked.run_dir)
     if not hasattr(script, "trained_policy"):
         raise ValueError(f"{asked.run_dir} is a run of {script.__name__}.py, whose policies cannot be attacked so")
-    build = partial(script.make_env, args, device=device)
-    if args.env_id.startswith("traffic_"):
-        build = partial(build, horizon=asked.seconds, warmup=asked.warmup)
-    nets, _ = script.make_nets(build(num_envs=args.num_seeds), args)
-    runs.restore({"nets": {name: net.flat for name, net in nets.items()}}, checkpoint)
+    build, nets = rebuild((script, args, checkpoint), device, asked.seconds, asked.warmup)
     make_policy = partial(script.trained_policy, nets, args=args)
-    return Victim(args, lambda num_envs: build(num_envs=num_envs), make_policy, asked.compile)
+    return Victim(args, build, make_policy, asked.compile)
 
 
 class Adversaries:
@@ -256,7 +262,7 @@ def main() -> None:
     for attack, radius in points:
         choose = learn(victim, radius, args) if attack == "learned" else None
         values = returns(victim, attack, radius, args, choose).double().cpu().numpy()
-        half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else math.nan
+        half = robustness.half_interval(values)
         print(f"  {attack:10s}{radius:6g}: {np.mean(values):8.2f} ± {half:.2f}", flush=True)
         for k, value in enumerate(values):
             row = {"seed": victim.args.seed + k, "perturbation": attack, "strength": radius, "return": value}

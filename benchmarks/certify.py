@@ -45,7 +45,6 @@ import pydantic.dataclasses
 import torch
 import tyro
 from pydantic import Field, PositiveFloat, PositiveInt
-from scipy import stats
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -110,13 +109,10 @@ def load(folder: Path, asked: Args) -> Run:
         raise ValueError(f"{folder} is a run of {script.__name__}.py; this is for {', '.join(SCRIPTS)}")
     args = replace(args, eval_episodes=asked.episodes or args.eval_episodes, cuda=False)
     device = script.setup(args)
-    build = partial(script.make_env, args, device=device)
-    if args.env_id.startswith("traffic_"):
-        build = partial(build, horizon=args.eval_seconds, warmup=args.eval_warmup)
+    seconds = (args.eval_seconds, args.eval_warmup) if args.env_id.startswith("traffic_") else (0, 0)
+    build, nets = attack.rebuild((script, args, checkpoint), device, *seconds)
     enough = math.ceil(asked.samples / build(num_envs=1).horizon)
     env = build(num_envs=args.num_seeds * max(args.eval_episodes, enough))
-    nets, _ = script.make_nets(env, args)
-    runs.restore({"nets": {name: net.flat for name, net in nets.items()}}, checkpoint)
     net = nets["local"] if "local" in nets else nets["actor"]
     net.flat.requires_grad_(False)
     O, A = env.obs_mask.shape[1], env.action_mask.shape[1]
@@ -357,7 +353,7 @@ def table(found: Found, run: Run) -> str:
         seeds = (values[:, run.env.cooperators].mean(1) if values.ndim > 1 else values).numpy()
         cell = f"{seeds.mean():.3g}"
         if len(seeds) > 1:
-            cell += f" ±{stats.t.ppf(0.975, len(seeds) - 1) * stats.sem(seeds):.2g}"
+            cell += f" ±{robustness.half_interval(seeds):.2g}"
         part, _, bound = quantity.partition(": ")
         limit = 1.0 if bound == "bound / trivial" else highest.get(part)
         if "bound" in bound and bound != "trivial bound" and (values >= 0.99 * limit).all():

@@ -53,6 +53,7 @@ import envs
 import ernie_qcombo
 from envs import bimatrix, runs
 from envs import traffic as streets
+from envs.robustness import half_interval as interval
 
 ROOT = Path(__file__).resolve().parents[1]
 Rows = list[dict]
@@ -563,11 +564,6 @@ def score(study: Study, method: str, flags: str, path: Path) -> float:
     return float(np.mean([v.mean() for family in ("clean", *study.shown) for v in cells(study, table, family)]))
 
 
-def interval(values: np.ndarray) -> float:
-    """Half-width of the 95% t-interval of the mean over seeds."""
-    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else float("nan")
-
-
 def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
     """Mean of the middle half."""
     return stats.trim_mean(values, 0.25, axis=axis)
@@ -616,14 +612,6 @@ def judge(name: str, study: Study, tables: dict[str, Table]) -> Rows:
             row |= {"interval95": half, "iqm": iqm(gains.reshape(-1)), "iqm_low": low, "iqm_high": high}
             rows.append(row | {"seeds": gains.shape[1], "verdict": verdict})
     return rows
-
-
-def write(path: Path, rows: Rows) -> None:
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def draw(name: str, study: Study, tables: dict[str, Table], path: Path) -> None:
@@ -688,8 +676,8 @@ def report(name: str, found: dict[str, tuple[str, Path]], args: Args) -> None:
     first = next(iter(every))  # a fixed cycle of lights is in the results of every run
     rows = [row for m, rows in every.items() for row in rows if row["method"] != "fixed_time" or m == first]
     tables = {method: table_of(rows, method, study.value) for method in methods}
-    write(folder / f"{name}.csv", rows)
-    write(folder / f"{name}_summary.csv", summarise(study, tables))
+    runs.write_rows(folder / f"{name}.csv", rows)
+    runs.write_rows(folder / f"{name}_summary.csv", summarise(study, tables))
     if study.picture:
         paths = {method: path for method, (_, path) in found.items()}
         study.picture(every, paths).savefig(folder / f"{name}.png", dpi=110)
@@ -707,7 +695,7 @@ def report(name: str, found: dict[str, tuple[str, Path]], args: Args) -> None:
         with open(path, newline="") as file:
             kept = [row for row in csv.DictReader(file) if row["study"] != name]
     if kept or verdicts:
-        write(path, sorted(kept + verdicts, key=lambda row: list(STUDIES).index(row["study"])))
+        runs.write_rows(path, sorted(kept + verdicts, key=lambda row: list(STUDIES).index(row["study"])))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -737,7 +725,7 @@ def in_sumo(args: Args, methods=("none", "stackelberg")) -> None:
                 row = {"method": who, "perturbation": point[0], "level": point[1]}
                 row |= {"torch": pair[0].mean(), "sumo": pair[1].mean()}
                 rows.append(row | {"torch_interval95": interval(pair[0]), "sumo_interval95": interval(pair[1])})
-    write(args.results_dir / "traffic_in_sumo.csv", rows)
+    runs.write_rows(args.results_dir / "traffic_in_sumo.csv", rows)
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     axis = figure.add_subplot()
     for name in dict.fromkeys(row["method"] for row in rows):
@@ -789,7 +777,7 @@ def ladder(args: Args, seconds: int = 4000) -> None:
             row |= {"interval95": interval(values["reward"]), "left_per_minute": values["left_per_minute"].mean()}
             rows.append(row | {"backlog": values["backlog"].mean()})
             print(f"{backend:6s} {name:40s} {row['reward']:9.1f} ± {row['interval95']:.1f}", flush=True)
-    write(args.results_dir / "traffic_ladder.csv", rows)
+    runs.write_rows(args.results_dir / "traffic_ladder.csv", rows)
 
 
 def main() -> None:

@@ -91,7 +91,6 @@ A peer that is not installed stands there with the figure recorded earlier, on t
 ratios compare machines too.
 """
 
-import csv
 import ctypes
 import itertools
 import math
@@ -281,10 +280,7 @@ def compare(rates: dict[str, np.ndarray], ways, common: dict, title: str = "") -
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    runs.write_rows(path, rows)
 
 
 def bench_env(

@@ -51,6 +51,20 @@ class Env(Protocol):
     def render(self, state: Any, index: int) -> np.ndarray: ...  # RGB picture of one environment
 
 
+class Frozen:
+    """What frozen dataclasses that describe environments have in common."""
+
+    def _set(self, **values):
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _block(self, sample: Callable, generators: list[torch.Generator], *shape: int) -> Tensor:
+        """[*shape, B] whose k-th block of environments is drawn by generator k."""
+        size = self.num_envs // len(generators)
+        parts = [sample(*shape, size, generator=g, device=g.device, dtype=self.dtype) for g in generators]
+        return torch.cat(parts, -1).to(self.device)
+
+
 def make(
     env_id: str,
     num_envs: int,
@@ -128,14 +142,18 @@ def write_gif(env: Env, act: Callable, generators: list[torch.Generator], path) 
     frames = []
     for t in range(env.horizon):
         if t % frame_steps == 0:
-            picture = env.render(state, 0, past) if past else env.render(state, 0)
-            frames.append(Image.fromarray(picture))
+            frames.append(env.render(state, 0, past) if past else env.render(state, 0))
         past.append(state)
         action = act(by_agent(obs, len(generators)))
         state, obs, *_ = env.step(state, for_env(action, env), env.draw(generators))
-    options = {"duration": getattr(env, "frame_ms", 100), "loop": 0}
+    save_gif(path, frames, getattr(env, "frame_ms", 100))
+
+
+def save_gif(path, frames: list[np.ndarray], duration: int = 100) -> None:
+    """RGB pictures of `duration` milliseconds each, over and over."""
+    first, *others = map(Image.fromarray, frames)
     with runs.written(path, "wb") as file:
-        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], **options)
+        first.save(file, "GIF", save_all=True, append_images=others, duration=duration, loop=0)
 
 
 # ---------------------------------------------------------------- speed

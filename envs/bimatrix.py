@@ -33,11 +33,11 @@ import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
-from scipy import stats
 from torch import Tensor
 
-from envs import print_speed, runs
+from envs import Frozen, print_speed, runs, save_gif
 from envs.perturb import random_actions
+from envs.robustness import half_interval as interval
 
 TASKS = ("repeated_bimatrix_v0", "augmented_bimatrix_v0")
 DARK, BRIGHT, RED, BLUE = (40, 50, 95), (250, 225, 130), (200, 80, 70), (66, 110, 190)
@@ -81,7 +81,7 @@ class State:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Bimatrix:
+class Bimatrix(Frozen):
     """A description without state; `dataclasses.replace(env, q=0.5)` is the same game with another q.
 
     `planner_observes` is off by default: a planner that sees the position can answer each square as it comes. Blind, it
@@ -116,10 +116,6 @@ class Bimatrix:
             self._set(q=q.to(self.device, self.dtype) if q.ndim else q.item())
         self._build()
 
-    def _set(self, **values):
-        for name, value in values.items():
-            object.__setattr__(self, name, value)  # frozen
-
     def _check(self):
         shape, most, q = tuple(self.payoffs.shape), self.max_incentive, torch.as_tensor(self.q)
         for name, rule, holds in (
@@ -148,16 +144,21 @@ class Bimatrix:
         A1, M = self.max_incentive + 1 if acts else 1, self.num_moves
         i, j, a = (v.flatten() for v in torch.meshgrid(*map(torch.arange, (R, C, A1)), indexing="ij"))  # [X]
         moves = torch.tensor([-1, 0, 1] if M == 3 else [-1, 1])
-        to_i, to_j = (i[:, None] + moves).clamp(0, R - 1), (j[:, None] + moves).clamp(0, C - 1)  # [X, M]
+        to_i = (i[:, None] + moves).clamp(0, R - 1)  # [X, M]
+        to_j = (j[:, None] + moves).clamp(0, C - 1)
         transition = (to_i[:, :, None, None] * C + to_j[:, None, :, None]) * A1 + torch.arange(A1)
         r1, r2, rp = self.payoffs[:, i, j]
         rewards = torch.stack((r1, r2, a * self.payoff_scale * rp - a**2 if acts else rp), 1)
-        i_hot, j_hot, a_hot = F.one_hot(i, R), F.one_hot(j, C), F.one_hot(a, A1)[:, : A1 * acts]
+        i_hot = F.one_hot(i, R)
+        j_hot = F.one_hot(j, C)
+        a_hot = F.one_hot(a, A1)[:, : A1 * acts]
         sees = torch.cat((i_hot, j_hot, a_hot), 1)  # [X, O]
         planner = sees if self.planner_observes else F.one_hot(torch.zeros_like(i), sees.shape[1])
         observations = torch.stack((sees, torch.cat((j_hot, i_hot, a_hot), 1), planner), 1)
         obs_mask = (observations != 0).any(0)
-        start = a == 0 if self.start == "uniform" else (a == 0) & (i == self.start[0]) & (j == self.start[1])
+        start = a == 0
+        if self.start != "uniform":
+            start = start & (i == self.start[0]) & (j == self.start[1])
         sizes = (M, M, A1)
         self._set(
             obs_sizes=tuple(obs_mask.sum(1).tolist()),
@@ -215,7 +216,9 @@ class Bimatrix:
         r2 and, below, r_p. A frame marks the current square, a bar its row and another its column; i grows upwards."""
         (R, C), x = self.payoffs.shape[1:], int(state.index[index])
         i, j, a = (int(v) for v in np.unravel_index(x, (R, C, self.action_sizes[2])))
-        image, font, edge = Image.new("RGB", (size, size), "white"), ImageFont.load_default(size // 28), size // 14
+        image = Image.new("RGB", (size, size), "white")
+        font = ImageFont.load_default(size // 28)
+        edge = size // 14
         draw, cell = ImageDraw.Draw(image), (size - 2 * edge) / max(R, C)
         low, high = self.payoffs[2].min(), self.payoffs[2].max()
         shade = ((self.payoffs[2] - low) / (high - low).clamp_min(1e-12)).tolist()
@@ -225,7 +228,8 @@ class Bimatrix:
             colour = tuple(round(d + (b - d) * shade[r][c]) for d, b in zip(DARK, BRIGHT))
             draw.rectangle((left, top, left + cell - 1, top + cell - 1), fill=colour)
             r1, r2, rp = self.payoffs[:, r, c].tolist()
-            ink, place = "black" if shade[r][c] > 0.5 else "white", (left + cell / 2, top + cell / 2)
+            ink = "black" if shade[r][c] > 0.5 else "white"
+            place = (left + cell / 2, top + cell / 2)
             draw.text(place, f"{r1:.2f} {r2:.2f}\n{rp:.2f}", ink, font, anchor="mm", align="center")
         left, top = corner[i][j]
         draw.rectangle((left, top, left + cell - 1, top + cell - 1), outline=RED, width=max(2, size // 80))
@@ -330,7 +334,8 @@ def best_response_value(
         raise ValueError(f"player must be 0, 1 or 2, got {player}")
     gain, factors = _gains(env, probs, q)[player], _factors(env, probs)
     del factors[player]
-    others, axes = factors[0] * factors[1], [axis for axis in (1, 2, 3) if axis != player + 1]
+    others = factors[0] * factors[1]
+    axes = [axis for axis in (1, 2, 3) if axis != player + 1]
     value = torch.zeros_like(others[:, 0, 0, 0])  # [X, P]
     for _ in range(env.horizon):
         ahead = (gain + gamma * value)[env.transition]  # [X, M, M, A1, P]
@@ -358,7 +363,8 @@ def nash_equilibria(payoffs: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
     for k in range(1, min(R, C) + 1):
         for rows, columns in itertools.product(*(map(list, itertools.combinations(range(n), k)) for n in (R, C))):
             x, y = np.zeros(R), np.zeros(C)
-            x[rows], y[columns] = _equaliser(r2[np.ix_(rows, columns)].T), _equaliser(r1[np.ix_(rows, columns)])
+            x[rows] = _equaliser(r2[np.ix_(rows, columns)].T)
+            y[columns] = _equaliser(r1[np.ix_(rows, columns)])
             if not min(x[rows].min(), y[columns].min()) > tolerance:  # NaN if there is none
                 continue
             if (r1 @ y).max() <= x @ r1 @ y + tolerance and (x @ r2).max() <= x @ r2 @ y + tolerance:
@@ -397,14 +403,11 @@ def by_setting(rows: list[dict]) -> dict[str, dict[str, np.ndarray]]:
     tables = {}
     for name, group in groups.items():
         num_seeds = len({row["seed"] for row in group})
-        tables[name] = {key: np.array([row[key] for row in group]).reshape(num_seeds, -1) for key in group[0]}
+        tables[name] = {}
+        for key in group[0]:
+            values = np.array([row[key] for row in group])
+            tables[name][key] = values.reshape(num_seeds, -1)
     return tables
-
-
-def interval(values: np.ndarray) -> np.ndarray:
-    """Half-width of the 95% t-interval of the mean over seeds, of values [K, n]: [n]; NaN for a single seed."""
-    K = len(values)
-    return stats.t.ppf(0.975, K - 1) * stats.sem(values) if K > 1 else np.full(values.shape[1], math.nan)
 
 
 def report(run: runs.Run, eval_q: tuple[float, ...], tests: dict[str, Tensor]) -> None:
@@ -414,23 +417,17 @@ def report(run: runs.Run, eval_q: tuple[float, ...], tests: dict[str, Tensor]) -
     games = []
     for k, label in enumerate(run.labels):
         for c, q in enumerate(eval_q):
-            games.append(label | {"q": q} | {name: values[k, c].item() for name, values in tests.items()})
+            own = {name: values[k, c].item() for name, values in tests.items()}
+            games.append(label | {"q": q} | own)
     runs.write_rows(run.dir / "results.csv", results)
     runs.write_rows(run.dir / "test_games.csv", games)
     print_tables(results, games)
     with runs.written(run.dir / "report.png", "wb") as file:
         plot(results, games).savefig(file, dpi=110)
-    if run.wandb_runs:
-        import wandb  # slow to import
-
-        logged = []
-        for k in range(len(run.labels)):
-            own = games[k * len(eval_q) : (k + 1) * len(eval_q)]
-            data = [[row["q"], *(row[name] for name in tests)] for row in own]
-            image = wandb.Image(str(run.dir / "report.png"))
-            logged.append({"test_games": wandb.Table(["q", *tests], data), "report": image})
-        runs.log_wandb(run, logged, results[-1]["global_step"])
-        runs.finish_wandb(run)
+    columns = ("q", *tests)
+    shown = [{name: row[name] for name in columns} for row in games]
+    tables = [shown[k : k + len(eval_q)] for k in range(0, len(shown), len(eval_q))]
+    runs.finish_wandb(run, {"test_games": tables}, {"report": run.dir / "report.png"})
 
 
 def print_tables(results: list[dict], games: list[dict]) -> None:
@@ -509,13 +506,12 @@ def plot_tests(axis, games: list[dict]) -> None:
 def write_gif(env: Bimatrix, path: str | Path, policies: list[Tensor], generator: torch.Generator):
     """One episode of environment 0 with the first of P joint policies, [P, X, A] of each player."""
     state, _ = env.reset([generator])
-    frames = [Image.fromarray(env.render(state))]
+    frames = [env.render(state)]
     for _ in range(env.horizon):
         moves = [torch.multinomial(policy[0, state.index], 1, generator=generator) for policy in policies]
         state, *_ = env.step(state, torch.cat(moves, 1))
-        frames.append(Image.fromarray(env.render(state)))
-    with runs.written(path, "wb") as file:
-        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=400, loop=0)
+        frames.append(env.render(state))
+    save_gif(path, frames, 400)
 
 
 def main(

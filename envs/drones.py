@@ -42,7 +42,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from envs import by_agent, for_env, print_speed, runs
+from envs import Frozen, by_agent, for_env, print_speed, runs, save_gif
 
 MASS = 0.027  # kg; this and the next from cf2x.urdf
 GRAVITY = 9.8  # m/s^2
@@ -291,7 +291,7 @@ TASKS = {
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Drones:
+class Drones(Frozen):
     """A description without state; `dataclasses.replace(env, mass=0.03)` is the same task with heavier drones. Fields
     typed `float | Tensor` take a number or a value per environment [B]; controllers and the meaning of actions know the
     nominal drone only."""
@@ -375,12 +375,6 @@ class Drones:
     def draw(self, generators: list[torch.Generator]) -> Tensor | None:
         """The random numbers of one step: standard normal [3, 1, B] for the gust, if there is any."""
         return self._block(torch.randn, generators, 3, 1) if self.gusty else None
-
-    def _block(self, sample: Callable, generators: list[torch.Generator], *shape: int) -> Tensor:
-        """[*shape, B] whose k-th block of environments is drawn by generator k."""
-        size = self.num_envs // len(generators)
-        parts = [sample(*shape, size, generator=g, device=g.device, dtype=self.dtype) for g in generators]
-        return torch.cat(parts, -1).to(self.device)
 
     def make_state(self, position, quaternion=None, velocity=None, rates=None, goal=None, t=0) -> State:
         """A state from arrays: position, velocity, rates (world axes) [B, N, 3], quaternion [B, N, 4] (level if left
@@ -703,10 +697,6 @@ class Drones:
 
     # ---------------------------------------------------------------------------------- constants and validation
 
-    def _set(self, **values):
-        for name, value in values.items():
-            object.__setattr__(self, name, value)  # frozen
-
     def _build(self):
         N, A = self.num_agents, ACTION_SIZES[self.action_type]
         obs_size = 12 + self.history * A
@@ -872,8 +862,8 @@ def write_gif(env: Drones, path: str):
         state, *_ = env.step(state, simple_controller(env, state), env.draw([generator]))
         states.append(state)
         if t % env.frame_steps == 0:
-            frames.append(Image.fromarray(env.render(state, past=states[-env.trail :])))
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=env.frame_ms, loop=0)
+            frames.append(env.render(state, past=states[-env.trail :]))
+    save_gif(path, frames, env.frame_ms)
 
 
 def main(

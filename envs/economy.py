@@ -41,7 +41,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from envs import print_speed
+from envs import print_speed, save_gif
 
 STONE, WOOD = 0, 1
 GRASS, STONE_SOURCE, FULL_STONE, WOOD_SOURCE, FULL_WOOD, WATER, OUTSIDE, HOUSE = range(8)  # HOUSE + i: agent i's house
@@ -1108,11 +1108,11 @@ def write_gif(env: Economy, path: str):
     state, _ = env.reset([generator])
     for t in range(env.horizon):
         if t % max(1, env.horizon // 125) == 0:
-            frames.append(Image.fromarray(env.render(state)))
+            frames.append(env.render(state))
         action = choose(env.valid_actions(state))
         rates = choose(env.valid_rates(state))
         state, *_ = env.step(state, action, env.draw([generator]), rates)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
+    save_gif(path, frames)
 
 
 def main(

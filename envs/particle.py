@@ -28,7 +28,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from envs import print_speed
+from envs import print_speed, save_gif
 
 POSITIVE = ("dt", "mass", "contact_margin")  # fields that must be above zero; the next may be zero
 FIELDS = (*POSITIVE, "damping", "contact_force", "max_speed_scale", "accel_scale", "local_ratio", "horizon")
@@ -672,13 +672,13 @@ def write_gif(env: ParticleEnv, path: str):
     """One episode of environment 0 with random actions, each held for five steps, so that something moves."""
     generator = torch.Generator().manual_seed(0)
     state, _ = env.reset([generator])
-    frames = [Image.fromarray(env.render(state))]
+    frames = [env.render(state)]
     for t in range(env.horizon):
         if t % 5 == 0:
             action = random_action(env, generator)
         state, *_ = env.step(state, action, None)
-        frames.append(Image.fromarray(env.render(state)))
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
+        frames.append(env.render(state))
+    save_gif(path, frames)
 
 
 def main(

@@ -10,9 +10,12 @@ Axes: B environments, N agents, O observation entries, A action entries.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from envs import per_seed
 
 
 def draw(
@@ -22,9 +25,10 @@ def draw(
     size, rest = shape[0], shape[1:]
     if size % len(generators):
         raise ValueError(f"the {size} environments must be a multiple of the {len(generators)} generators")
-    dtype = None if like is None else like.dtype
-    blocks = [sampler(size // len(generators), *rest, generator=g, device=g.device, dtype=dtype) for g in generators]
-    return torch.cat(blocks).to(None if like is None else like.device)
+    block = (size // len(generators), *rest)
+    if like is None:
+        return per_seed(sampler, block, generators).flatten(0, 1)
+    return per_seed(partial(sampler, dtype=like.dtype), block, generators).flatten(0, 1).to(like.device)
 
 
 def length(x: Tensor, norm: str) -> Tensor:

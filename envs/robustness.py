@@ -188,14 +188,19 @@ def sweep(
     return rows
 
 
+def half_interval(values: np.ndarray) -> np.ndarray:
+    """Half of the 95% t-interval of the mean over seeds, the first axis of [K, ...]: [...], NaN for one seed."""
+    K = len(values)
+    return stats.t.ppf(0.975, K - 1) * stats.sem(values) if K > 1 else np.full(values.shape[1:], math.nan)[()]
+
+
 def interval(rows: list[dict], name: str = "return") -> tuple[float, float]:
     """Mean and half of its 95% t-interval over seeds; of a single seed over its episodes."""
     returns = np.array([row[name] for row in rows])
-    error, count = rows[0]["standard_error"], rows[0]["episodes"]
     if len(rows) > 1:
-        error, count = stats.sem(returns), len(rows)
-    half = stats.t.ppf(0.975, count - 1) * error if count > 1 else math.nan
-    return returns.mean(), half
+        return returns.mean(), half_interval(returns)
+    error, count = rows[0]["standard_error"], rows[0]["episodes"]
+    return returns.mean(), stats.t.ppf(0.975, count - 1) * error if count > 1 else math.nan
 
 
 def summarise(rows: list[dict]) -> dict[str, Table]:
@@ -224,7 +229,7 @@ def report(
     runs.write_rows(run.dir / f"{name}.csv", rows)
     tables = summarise(rows)
     title = ", ".join(map(str, labels.values()))
-    over = f"{len(run.seeds)} seeds" if len(run.seeds) > 1 else f"{rows[0]['episodes']} episodes"
+    over = counted(run, rows[0]["episodes"])
     for agent, table in tables.items():
         who = "the cooperating agents" if agent == "mean" else agent
         print(f"\nReturn of {who}, {title}: mean and 95% interval over {over}")
@@ -236,19 +241,15 @@ def report(
     log_report(rows, run, name)
 
 
+def counted(run: runs.Run, episodes: int) -> str:
+    """What an interval is over."""
+    return f"{len(run.seeds)} seeds" if len(run.seeds) > 1 else f"{episodes} episodes"
+
+
 def log_report(rows: list[dict], run: runs.Run, name: str) -> None:
     """The rows of a report and its picture to each seed's wandb run, which ends with that."""
-    if not run.wandb_runs:
-        return
-    import wandb  # slow to import
-
-    def logged(seed: int) -> dict:
-        data = [list(row.values()) for row in rows if row["seed"] == seed]
-        image = wandb.Image(str(run.dir / f"{name}.png"))
-        return {name: wandb.Table(list(rows[0]), data), f"{name}_plot": image}
-
-    runs.log_wandb(run, map(logged, run.seeds), run.rows[-1]["global_step"])
-    runs.finish_wandb(run)
+    tables = [[row for row in rows if row["seed"] == seed] for seed in run.seeds]
+    runs.finish_wandb(run, {name: tables}, {f"{name}_plot": run.dir / f"{name}.png"})
 
 
 def plot(tables: dict[str, Table], env: Env, title: str) -> Figure:
@@ -388,7 +389,7 @@ def report_lights(
         cells = table.setdefault((row["perturbation"], row["strength"]), {})
         cells.setdefault(row["policy"], []).append(row)
     title = ", ".join(map(str, labels.values()))
-    over = f"{len(run.seeds)} seeds" if len(run.seeds) > 1 else f"{lights.episodes} episodes"
+    over = counted(run, lights.episodes)
     print(f"\nReward of all lights in a second, {title}: mean and 95% interval over {over}")
     print("  perturbation strength            reward  cars left/min  outside | fixed-time signal  outside")
     for (perturbation, strength), cells in table.items():

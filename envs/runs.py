@@ -388,8 +388,21 @@ def log_wandb(run: Run, rows: Iterable[dict], step: int) -> None:
         print(f"wandb failed and is left out from now on: {error!r}", file=sys.stderr)
 
 
-def finish_wandb(run: Run) -> None:
-    """Hand over what is logged, of all seeds."""
+def finish_wandb(run: Run, tables: dict[str, list[list[dict]]], pictures: dict[str, Path]) -> None:
+    """Log the report, rows of each run and pictures of all, by name, and end the Weights & Biases runs."""
+
+    def contents() -> Iterator[dict]:
+        import wandb  # slow to import
+
+        images = {name: wandb.Image(str(path)) for name, path in pictures.items()}
+        for k in range(len(run.labels)):
+            own = {}
+            for name, parts in tables.items():
+                own[name] = wandb.Table(list(parts[k][0]), [list(row.values()) for row in parts[k]])
+            yield own | images
+
+    if run.wandb_runs:
+        log_wandb(run, contents(), run.rows[-1]["global_step"])
     with contextlib.suppress(Exception):
         for wandb_run in run.wandb_runs:
             wandb_run.finish()

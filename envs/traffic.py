@@ -37,6 +37,8 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from envs import Frozen, save_gif
+
 FLOWS = {  # cars per hour at each entry; the paper's training flow and its table 1
     "train": (700,) * 8,
     "flow1": (1000, 1000, 80, 80, 800, 800, 550, 550),
@@ -120,7 +122,7 @@ def total(values: Tensor) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Traffic:
+class Traffic(Frozen):
     """A description without state; `dataclasses.replace(env, speed=30.0)` is the same task with slower cars. The
     defaults are those of ERNIE's code, where IDM is Flow's default. Fields typed `float | Tensor` take a number or a
     value per environment [B]; `flow` also takes [B, K]."""
@@ -192,12 +194,6 @@ class Traffic:
         dawdle = self._block(torch.rand, generators, self.num_streets, self.num_places) if self.dawdles else None
         spread = self._block(torch.randn, generators, self.num_streets) if self.spreads else None
         return dawdle, spread
-
-    def _block(self, sample: Callable, generators: list[torch.Generator], *shape: int) -> Tensor:
-        """[*shape, B] whose k-th block of environments is drawn by generator k."""
-        size = self.num_envs // len(generators)
-        parts = [sample(*shape, size, generator=g, device=g.device, dtype=self.dtype) for g in generators]
-        return torch.cat(parts, -1).to(self.device)
 
     def make_state(self, position=None, speed=None, max_speed=None) -> State:
         """A state at t = 0 from arrays [B or 1, K, n <= N - 1] of cars, front first and NaN where there is none."""
@@ -597,10 +593,6 @@ class Traffic:
 
     # ---------------------------------------------------------------------------------- constants and validation
 
-    def _set(self, **values):
-        for name, value in values.items():
-            object.__setattr__(self, name, value)  # frozen
-
     def _build_streets(self):
         """Edges and lines of each street, -1 in [M, K] tensors where a street is shorter than the longest."""
         R, C = self.rows, self.cols
@@ -903,8 +895,8 @@ def write_gif(env: Traffic, path: str, controller: Callable, seconds: int = 180)
     for t in range(120 + seconds):
         state, *_ = env.step(state, controller(env, state), env.draw([generator]))
         if t >= 120:
-            frames.append(Image.fromarray(env.render(state)))
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
+            frames.append(env.render(state))
+    save_gif(path, frames)
 
 
 def main(

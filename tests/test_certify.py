@@ -57,15 +57,6 @@ RUNS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def as_before():
-    threads, exact = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(1)  # more than one wait for each other where a core is busy
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(exact)
-
-
 def policies(sizes=(4, 6, 5, 3), activation="tanh", norm="l2", unit=(1.0,) * 4, team=(True, True), gain=3.0):
     """Random policies of two seeds and two agents in float64, the second with an action less, as a Run."""
     streams = envs.make_generators(1, 2, "test", torch.device("cpu"))

@@ -23,15 +23,6 @@ LEFT, RIGHT, UP, DOWN = 46, 47, 48, 49
 BUILD = 1
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """With two, small operations wait for each other where other programs run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def bid(resource: int, price: int) -> int:
     return 2 + 22 * resource + price
 

@@ -21,12 +21,6 @@ SMALL |= dict(log_interval=4, checkpoint_interval=6, eval_iterations=3, eval_q=(
 SMALL["method"] = ("ermas",)
 
 
-@pytest.fixture(autouse=True)
-def float32_afterwards():
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def world(**options) -> SimpleNamespace:
     """All parts of a small problem in float64: policies that are not uniform, an arbitrary baseline. All is drawn on a
     CPU, so that it is the same on every device."""

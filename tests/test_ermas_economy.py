@@ -44,14 +44,10 @@ close = torch.testing.assert_close
 
 @pytest.fixture(autouse=True)
 def short_games():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more than one wait for each other where a core is busy
     torch.manual_seed(0)
     script.envs.make = partial(MAKE, **SHORT)
     yield
     script.envs.make = MAKE
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(torch.float32)
     torch.set_default_device(None)
 
 

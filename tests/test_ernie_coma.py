@@ -28,15 +28,6 @@ TRAFFIC |= dict(eval_warmup=2, eval_seconds=3)
 SPREAD = SMALL | dict(env_id="simple_spread_v3", total_timesteps=100, log_interval=50)
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_float32_afterwards():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more than one wait for each other where a core is busy
-    yield
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(torch.float32)
-
-
 def tiny(sizes=(2, 3, 3), team=(True, True, False), num_envs=2, steps=3, **options):
     """(args, env, nets, episodes, noise): two seeds, random networks far from linear and a random rollout in float64.
     The last observation of agent 0 does not vary, agent 0 has fewer actions; env has only what losses ask for."""

@@ -18,12 +18,6 @@ SMALL = dict(num_envs=4, batch_size=32, hidden_size=16, learning_starts=100, buf
 SMALL |= dict(total_timesteps=400, log_interval=100, checkpoint_interval=200, eval_episodes=4, wandb_mode="disabled")
 
 
-@pytest.fixture(autouse=True)
-def float32_afterwards():
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def world(double=False, num_envs=8, **options):
     """(args, env, nets, batch with noise) of a small problem with an episode of random play, drawn on a CPU, so that it
     is the same on every device."""

@@ -30,15 +30,6 @@ VARIANT = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(f"
 make_generators, per_seed = script.envs.make_generators, script.envs.per_seed
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_float32_afterwards():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more than one wait for each other where a core is busy
-    yield
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.fixture
 def short(monkeypatch):
     """Sets the length of episodes."""

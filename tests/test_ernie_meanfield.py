@@ -23,15 +23,6 @@ SMALL |= dict(total_timesteps=200, log_interval=100, checkpoint_interval=100)  #
 ROLES = ("critic", "actor")
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_float32_afterwards():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more than one wait for each other where a core is busy
-    yield
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(torch.float32)
-
-
 def close(a, b, rtol=1e-10, atol=1e-12):
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 

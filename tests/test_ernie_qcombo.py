@@ -23,15 +23,6 @@ SMALL |= dict(regularizer="stackelberg", reg_coef=0.1, epsilon=0.1, epsilon_unit
 FORMS = ["joint", "action_in"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_float32_afterwards():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more than one wait for each other where a core is busy
-    yield
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(torch.float32)
-
-
 def tiny(num_lights=3, width=4, **options):
     """(args, env, nets, batch with noise): two seeds, random networks far from linear and random data in float64. The
     last observation of light 0 does not vary; env has only what losses ask for."""

@@ -24,10 +24,8 @@ LOSSES = {"critic": script.critic_loss, "actor": script.actor_loss, "adversary":
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_float32_afterwards():
+def settings():
     script.setup(Args(**SMALL))
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def world(double=False, num_envs=8, size=1.0, **options):

@@ -18,7 +18,7 @@ BUDGET = {  # tokens
     "ermas_bimatrix": 8_000,
     "rma3c": 6_500,
 }
-ENVS = ("particle", "economy", "traffic", "drones")  # the simulators, of at most 14 tokens a line
+ENVS = ("particle", "economy", "traffic", "drones", "bimatrix")  # the simulators, of at most 14 tokens a line
 PLUMBING = ("setup", "make_run_dir", "log", "unroll", "MLP", "init_mlp")  # the same text wherever they are
 SCRIPTS = [path for path in [*ROOT.glob("er*_*.py"), *ROOT.glob("baselines/*.py")] if path.stem in BUDGET]
 

@@ -1,0 +1,13 @@
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_torch_as_before():
+    """A test leaves torch's settings as it found them. One thread: several wait for each other where a core is busy."""
+    threads, exact = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(exact)
+    torch.set_default_dtype(torch.float32)
