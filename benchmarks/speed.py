@@ -920,32 +920,30 @@ def bench_economy(
 def taxes(timing: Timing, num_seeds: int) -> dict[str, Callable[[], None]]:
     """What an iteration of ermas_economy.py consists of, by name."""
     device, jobs = torch.device(timing.device), {}
-    for name, phase, method in (
-        ("phase one", "one", "marl"),
-        ("phase two, marl", "two", "marl"),
-        ("phase two, ermas", "two", "ermas"),
+    for name, phase, stage, method in (
+        ("phase one", "one", "alone", "marl"),
+        ("phase two, marl", "two", "full", "marl"),
+        ("phase two, ermas", "two", "full", "ermas"),
     ):
         args = ermas_economy.Args(num_seeds=num_seeds, method=method)
-        env = ermas_economy.build_economy(args, num_seeds, args.num_envs, phase, device)
+        env = ermas_economy.make_env(args, num_seeds, phase, device)
         step = torch.compile(env.step, fullgraph=True, dynamic=False)
-        streams = {n: ermas_economy.make_generators(1, num_seeds, n, device) for n in ("games", "minibatches")}
-        nets = ermas_economy.make_economists(env, streams["games"], args)
-        optimizers, memory = ermas_economy.make_optimizers(nets, args), ermas_economy.start_memory(env, num_seeds, args)
-        schedule = ermas_economy.schedule_of(phase, 0.5, optimizers, args)
-        parts = (env, step, nets, optimizers, memory, streams, schedule, args)
-        jobs[name] = partial(ermas_economy.iterate, *parts)
-    games = (env, step, nets, None, streams["games"], args)
+        learner = ermas_economy.make_learner(env, ermas_economy.make_streams(args, device), args)
+        task = ermas_economy.Task(env, step, args)
+        ermas_economy.anneal(learner, phase, 0.5, args)
+        jobs[name] = partial(ermas_economy.update, task, learner, stage)
+    streams = learner.streams["games"]
     actions = torch.randint(env.action_sizes[0], (num_seeds * args.num_envs, env.num_agents), device=device)
 
     def environment() -> None:
         for _ in range(1 + args.inner_steps):
-            state, _ = env.reset(streams["games"])
+            state, _ = env.reset(streams)
             for _ in range(env.horizon):
-                state, *_ = step(state, actions, env.draw(streams["games"]))
+                state, *_ = step(state, actions, env.draw(streams))
 
     def episodes() -> None:
         for _ in range(1 + args.inner_steps):
-            ermas_economy.play_economy(*games)
+            ermas_economy.rollout(task, learner)
 
     return {"environment": environment, "episodes": episodes} | jobs
 

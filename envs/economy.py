@@ -38,10 +38,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from envs import print_speed, save_gif
+from envs import print_speed, runs, save_gif
+from envs.robustness import half_interval
 
 STONE, WOOD = 0, 1
 GRASS, STONE_SOURCE, FULL_STONE, WOOD_SOURCE, FULL_WOOD, WATER, OUTSIDE, HOUSE = range(8)  # HOUSE + i: agent i's house
@@ -1094,6 +1096,128 @@ def check(env: Economy):
             raise ValueError(f"{name} must be a number or [num_envs = {env.num_envs}], got {list(value.shape)}")
         most, rule = RANGES.get(name, (1e9, "0 or more"))
         require(bool(((value >= 0) & (value <= most)).all()), name, rule)
+
+
+# ------------------------------------------------------------------------------------------- what episodes come to
+
+FACTS = ("coin", "labor", "payment", "houses", "income", "rates")  # of E episodes, see `describe`
+
+
+def describe(facts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Means over E episodes of S runs, [S] each, of what agents have at the end: coin, labor, houses [S, N, E]; and of
+    the marginal rates of D tax periods [S, brackets, E, D]. Welfare is equality times productivity, the sum of all coin
+    (ERMAS, Eq. 19 to 21)."""
+    coin = facts["coin"]
+    equality = equality_of(coin.transpose(0, 1).flatten(1)).view(len(coin), -1)
+    productivity = coin.sum(1)
+    return {
+        "welfare": (equality * productivity).mean(1),
+        "equality": equality.mean(1),
+        "productivity": productivity.mean(1),
+        "houses": facts["houses"].sum(1).to(coin.dtype).mean(1),
+        "labor": facts["labor"].sum(1).mean(1),
+        "tax_rate": facts["rates"].mean((1, 2, 3)),
+    }
+
+
+def by_skill(facts: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Means over the episodes of all runs of what the worst builder to the best one (by coin per house) earn by
+    building, by trade (net) and by the redistribution of taxes (net), [N] each."""
+    values = {name: facts[name].transpose(0, 1).flatten(1).double().cpu() for name in FACTS[:-1]}  # [N, S * E]
+    built = values["houses"] * values["payment"]
+    sources = {
+        "building": built,
+        "trade": values["income"] - built,
+        "taxes": values["coin"] - values["income"],
+    }
+    order = values["payment"].argsort(0)
+    return {name: coin.gather(0, order).mean(1).numpy() for name, coin in sources.items()}
+
+
+def report(
+    run: runs.Run,
+    env: Economy,
+    etas: Sequence[float],
+    tests: dict[str, Tensor],
+    training: dict[str, Tensor],
+    labels: dict,
+):
+    """What a run has found, facts of test episodes by eta [Q, S, ...] and of those in training [S, ...]: a table on the
+    terminal, welfare.csv and report.png in the run's folder, and in wandb. `labels` are the first columns."""
+    rows = []
+    for k, seed in enumerate(run.seeds):
+        for q, eta in enumerate(etas):
+            measures = describe({name: values[q, k : k + 1] for name, values in tests.items()})
+            row = labels | {"seed": seed, "eta": eta}
+            rows.append(row | {name: value.item() for name, value in measures.items()})
+    runs.write_rows(run.dir / "welfare.csv", rows)
+    table = {}  # of each measure [S, Q]
+    for name in measures:
+        table[name] = np.array([row[name] for row in rows]).reshape(len(run.seeds), -1)
+    several = len(run.seeds) > 1
+    over = f"mean and 95% interval over {len(run.seeds)} seeds" if several else "one seed"
+    title = ", ".join(map(str, labels.values()))
+    print(f"\n{title}: new agents, {over}")
+    print(f"{'eta':>6s}" + "".join(f"{name:>18s}" for name in table))
+    for q, eta in enumerate(etas):
+        line = f"{eta:6g}"
+        for values in table.values():
+            half = f" ± {half_interval(values[:, q]):.2g}" if several else ""
+            line += f"{f'{values[:, q].mean():.3g}{half}':>18s}"
+        print(line)
+    rates = {"training": training["rates"]}
+    for q, eta in enumerate(etas):
+        rates[f"eta {eta:g}"] = tests["rates"][q]
+    figure = Figure(figsize=(17, 3.8), layout="constrained")
+    welfare, parts, schedule, income = figure.subplots(1, 4)
+    plot_welfare(welfare, etas, table["welfare"], env.eta.item())
+    plot_parts(parts, etas, table)
+    plot_rates(schedule, env.cutoffs, rates)
+    plot_income(income, by_skill(training))
+    figure.suptitle(f"{title}, {over}")
+    with runs.written(run.dir / "report.png", "wb") as file:
+        figure.savefig(file, dpi=100)
+    tables = [[row for row in rows if row["seed"] == seed] for seed in run.seeds]
+    runs.finish_wandb(run, {"welfare": tables}, {"report": run.dir / "report.png"})
+
+
+def plot_welfare(axis, etas: Sequence[float], welfare: np.ndarray, eta_train: float):
+    """Welfare [S, Q] of new agents, with 95% intervals over seeds (ERMAS, Figure 6)."""
+    half = np.nan_to_num(half_interval(welfare))
+    axis.errorbar(etas, welfare.mean(0), half, marker="o", capsize=3)
+    axis.axvline(eta_train, color="gray", ls="--", lw=1)
+    axis.set(xlabel="eta of the test's agents", title="equality x productivity")
+
+
+def plot_parts(axis, etas: Sequence[float], table: dict[str, np.ndarray]):
+    axis.plot(etas, table["productivity"].mean(0), marker="o")
+    right = axis.twinx()
+    right.plot(etas, table["equality"].mean(0), marker="s", color="C1")
+    right.set_ylim(0, 1)
+    axis.set(xlabel="eta of the test's agents", title="productivity (dots), equality (squares, right)")
+
+
+def plot_rates(axis, cutoffs: Sequence[float], rates: dict[str, Tensor]):
+    """Mean marginal rate of each bracket, of rates [S, brackets, E, D]."""
+    edges = [*cutoffs, 1.25 * cutoffs[-1]]
+    for name, values in rates.items():
+        axis.stairs(values.mean((0, 2, 3)).cpu().numpy(), edges, label=name)
+    axis.set(xlabel="income in a tax period (coin)", ylim=(-0.02, 1.02), title="mean marginal tax rate")
+    axis.legend(fontsize=7)
+
+
+def plot_income(axis, sources: dict[str, np.ndarray]):
+    """Bars of each agent's coin by source, losses downwards."""
+    low = high = np.zeros(len(sources["building"]))
+    for name, coin in sources.items():
+        bottom = np.where(coin >= 0, high, low)
+        axis.bar(range(len(coin)), coin, bottom=bottom, label=name)
+        low = low + np.minimum(coin, 0)
+        high = high + np.maximum(coin, 0)
+    axis.set(xlabel="agents, the worst builder first", title="coin in an episode of training, by source")
+    axis.set_xticks(range(len(low)))
+    axis.axhline(0, color="black", lw=0.8)
+    axis.legend(fontsize=8)
 
 
 def write_gif(env: Economy, path: str):

@@ -212,25 +212,33 @@ def provenance(script: str) -> dict:
 
 # ---------------------------------------------------------------- arguments
 
-CHANGEABLE = set(  # flags that may differ from those of the run that goes on
-    "resume evaluate total_timesteps num_iterations cuda num_threads compile runs_dir backend capture_video"
-    " log_interval checkpoint_interval wandb_mode wandb_project_name wandb_entity".split()
-)
+LONGER = (
+    "total_timesteps",
+    "num_iterations",
+    "phase_two_timesteps",
+)  # flags that may be larger in the run that goes on
+CHANGEABLE = {  # flags that may be others there
+    *LONGER,
+    *"resume evaluate cuda num_threads compile runs_dir backend capture_video log_interval checkpoint_interval".split(),
+    *"wandb_mode wandb_project_name wandb_entity".split(),
+}
 
 
-def parse_args(kind: type, doc: str) -> tuple:
-    """Arguments from the command line, over those of the run that --resume or --evaluate names, and that run's
-    checkpoint, or {}. Raise ValueError where they do not fit each other."""
+def parse_args(kind: type, doc: str, presets: dict[str, dict] | None = None) -> tuple:
+    """Arguments from the command line, over those of the run that --resume or --evaluate names, or over the preset that
+    --preset names, and that run's checkpoint, or {}. Raise ValueError where they do not fit each other."""
     cli = partial(tyro.cli, kind, description=doc.split("\n")[0])
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--evaluate", type=Path)
+    parser.add_argument("--preset")
     given, _ = parser.parse_known_args()
     if given.resume and given.evaluate:
         raise ValueError("--resume and --evaluate exclude each other")
     path = given.resume or given.evaluate
     if path is None:
-        return cli(), {}
+        preset = (presets or {}).get(given.preset)
+        return cli(default=kind(**preset)) if preset else cli(), {}
     if path.is_dir():
         is_trained = given.evaluate and (path / "policy.pt").exists()
         path = path / ("policy.pt" if is_trained else "checkpoint.pt")
@@ -246,7 +254,7 @@ def parse_args(kind: type, doc: str) -> tuple:
         before, flag = getattr(saved, name), f"--{name.replace('_', '-')}"
         if value != before and not (name in CHANGEABLE or name.startswith("eval_")):
             raise ValueError(f"{flag} must be {before} as in {path}, got {value}")
-        if name in ("total_timesteps", "num_iterations") and value < before:
+        if name in LONGER and value < before:
             raise ValueError(f"{flag} must be at least {before} as in {path}, got {value}")
     return args, checkpoint
 
@@ -394,12 +402,11 @@ def finish_wandb(run: Run, tables: dict[str, list[list[dict]]], pictures: dict[s
     def contents() -> Iterator[dict]:
         import wandb  # slow to import
 
-        images = {name: wandb.Image(str(path)) for name, path in pictures.items()}
         for k in range(len(run.labels)):
-            own = {}
+            own = {name: wandb.Image(str(path)) for name, path in pictures.items()}  # an image serves one run
             for name, parts in tables.items():
                 own[name] = wandb.Table(list(parts[k][0]), [list(row.values()) for row in parts[k]])
-            yield own | images
+            yield own
 
     if run.wandb_runs:
         log_wandb(run, contents(), run.rows[-1]["global_step"])

@@ -30,24 +30,6 @@ def finish(process, code=0):
     return out, err
 
 
-def refusal(script, monkeypatch, capsys, *flags) -> str:
-    """Runs script.main() in this process, which must end with exit code 2; returns its one line on stderr."""
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
-    with pytest.raises(SystemExit) as stop:
-        script.main()
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith(f"{script.__name__}.py: error: ")
-    return error
-
-
-def bad_value(script, monkeypatch, capsys, name, value, *flags) -> None:
-    """The refusal of this value names its flag, the rule and the value."""
-    flag = f"--{name.replace('_', '-')}"
-    error = refusal(script, monkeypatch, capsys, *flags, f"{flag}={value}")
-    assert f"{flag} must be" in error and str(value) in error
-
-
 def only(tmp_path) -> Path:
     (folder,) = tmp_path.iterdir()
     return folder

@@ -152,8 +152,7 @@ def test_every_command_is_understood(name, monkeypatch):
             for more in (study.select, study.quick):
                 words = reproduce.merged(study.flags, flags, more, "--seed=1 --num-seeds=2")
                 monkeypatch.setattr(sys, "argv", [study.script, *words])
-                own = getattr(script, "parse_args", None)
-                args = own() if own else runs.parse_args(script.Args, script.__doc__)[0]
+                args, _ = runs.parse_args(script.Args, script.__doc__)
                 assert args.num_seeds == 2
 
 

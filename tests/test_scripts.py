@@ -16,10 +16,12 @@ BUDGET = {  # tokens
     "ernie_meanfield": 8_000,
     "ernie_qcombo": 7_500,
     "ermas_bimatrix": 8_000,
+    "ermas_economy": 9_000,
     "rma3c": 6_500,
 }
 ENVS = ("particle", "economy", "traffic", "drones", "bimatrix")  # the simulators, of at most 14 tokens a line
-PLUMBING = ("setup", "make_run_dir", "log", "unroll", "MLP", "init_mlp")  # the same text wherever they are
+PLUMBING = ("setup", "make_run_dir", "log", "unroll", "MLP", "init_mlp", "orthogonal_mlp")  # the same text everywhere
+TRUST_REGION = ("conjugate_gradient", "mean_kl", "fisher_product", "trust_region_step")  # these too
 SCRIPTS = [path for path in [*ROOT.glob("er*_*.py"), *ROOT.glob("baselines/*.py")] if path.stem in BUDGET]
 
 
@@ -52,7 +54,7 @@ def clashes(sources: dict[str, dict[str, str]]) -> list[str]:
     first: dict[str, tuple[str, str]] = {}
     found = []
     for script, names in sources.items():
-        for name in PLUMBING:
+        for name in PLUMBING + TRUST_REGION:
             if name in names:
                 other, code = first.setdefault(name, (script, names[name]))
                 if code != names[name]:
