@@ -32,12 +32,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pydantic.dataclasses
@@ -56,8 +56,17 @@ from envs import traffic as streets
 from envs.robustness import half_interval as interval
 
 ROOT = Path(__file__).resolve().parents[1]
+Flags = dict[str, object]  # of a script, by name: {"epsilon": 0.3, "eval_agents": (3, 6), "compile": True}
 Rows = list[dict]
 Table = dict[tuple[str, str, str], np.ndarray]  # (agent, perturbation, level) -> value of each seed
+
+
+class Result(NamedTuple):
+    """The table that a run leaves."""
+
+    file: str = "robustness.csv"
+    value: str = "return"
+    level: str = "strength"
 
 
 @dataclass(frozen=True)
@@ -65,118 +74,151 @@ class Study:
     """Runs behind figures and tables of a paper, what is shown of them, and what the paper claims."""
 
     script: str
-    text: str
-    """the paper's claim in words"""
-    methods: dict[str, tuple[str, ...]]
-    """flags of each point of a method's grid"""
-    flags: str = ""
-    """of every run"""
-    quick: str = ""
-    """flags that make a run short, for --quick"""
-    select: str = ""
-    """flags of the runs that choose a point of a grid"""
-    shown: tuple[str, ...] = ("gaussian", "mad")
-    """perturbations of the picture and the choice"""
-    claims: tuple[tuple[str, str], ...] = (("stackelberg", "none"),)
-    """(method, a worse one) under every perturbation shown"""
-    percentiles: tuple[tuple[str, str], ...] = ()
-    """(perturbation, level): the seeds' values in order, a picture of its own"""
-    seeds: tuple[int, int] = (1, 5)
+    text: str  # the paper's claim in words
+    methods: dict[str, list[Flags]]  # of each method the points of its grid
+    flags: Flags = field(default_factory=dict)  # of every run
+    quick: Flags = field(default_factory=dict)  # what makes a run short, for --quick
+    select: Flags = field(default_factory=dict)  # of the runs that choose a point of a grid
+    scripts: dict[str, str] = field(default_factory=dict)  # of methods that another script has
+    seeds: tuple[int, int] = (1, 5)  # first and last
     select_seeds: tuple[int, int] = (101, 102)
-    scripts: dict[str, str] = field(default_factory=dict)
-    """of methods that another script has"""
-    result: str = "robustness.csv"
-    value: str = "return"
-    level: str = "strength"
-    first: str = ""
-    """method whose run the others continue, with flags `reuse`"""
-    reuse: str = ""
-    label: Callable[[dict, str], str] | None = None
-    """method of a row, where one run, whose own method comes second, holds several"""
-    picture: Callable[[dict[str, Rows], dict[str, Path]], Figure] | None = None
-    """drawn in place of ours, from the rows of each run and the files that they come from"""
+    result: Result = Result()
+    shown: tuple[str, ...] = ("gaussian", "mad")  # perturbations of the picture and the choice
+    claims: tuple[tuple[str, str], ...] = (("stackelberg", "none"),)  # (method, a worse one), under all of these
+    percentiles: tuple[tuple[str, str], ...] = ()  # (perturbation, level) of a picture of the seeds' values in order
+    reuse: tuple[str, Flags] | None = None  # the method that trains first, and flags of the others with its {folder}
+    label: Callable[[dict, str], str] | None = None  # (row, run) -> method, where a run holds several
+    picture: Callable[[dict[str, Rows], dict[str, Path]], Figure] | None = None  # from rows and files, in place of ours
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Studies
 
 
-def grids_of(*points: tuple[float, float], modes=("gaussian", "adversarial", "stackelberg")) -> dict:
-    """The plain algorithm, and each regulariser at points (epsilon, lambda)."""
-    grid = [f"--epsilon={epsilon} --reg-coef={coef}" for epsilon, coef in points]
-    return {"none": ("--regularizer=none",)} | {m: tuple(f"--regularizer={m} {p}" for p in grid) for m in modes}
+def regularizers(modes: Sequence[str], points: Sequence[Flags]) -> dict[str, list[Flags]]:
+    """The plain algorithm, and each regulariser at the points of a grid."""
+    methods = {"none": [{"regularizer": "none"}]}
+    for mode in modes:
+        methods[mode] = [{"regularizer": mode} | point for point in points]
+    return methods
 
 
-PARTICLE_METHODS = grids_of((0.3, 0.02), (0.5, 0.1), modes=("gaussian", "random", "adversarial", "stackelberg"))
-PARTICLE_METHODS = {m: tuple(f"{point} --reg-batch-size=128" for point in grid) for m, grid in PARTICLE_METHODS.items()}
-PARTICLE_METHODS["m3ddpg"] = tuple(f"--regularizer=none --minimax-epsilon={alpha}" for alpha in (0.01, 0.1))
+ERNIE = ("gaussian", "adversarial", "stackelberg")
 PARTICLE = partial(
     Study,
     script="ernie_maddpg.py",
-    methods=PARTICLE_METHODS,
-    quick="--total-timesteps=8000 --eval-episodes=10",
-    select="--eval-episodes=100",
+    text="ERNIE is better than or level with MADDPG under observation noise; unrolling the attack is better than or "
+    "level with not unrolling it (Figure 9); M3DDPG gives some robustness",
+    quick={"total_timesteps": 8_000, "eval_episodes": 10},
+    select={"eval_episodes": 100},
     claims=(("stackelberg", "none"), ("stackelberg", "adversarial"), ("stackelberg", "gaussian"), ("m3ddpg", "none")),
 )
-PARTICLE_FLAGS = "--total-timesteps=200000 --batch-size=512 --eval-episodes=200"
-PARTICLE_TEXT = (
-    "ERNIE is better than or level with MADDPG under observation noise; unrolling the attack is better than or "
+PARTICLE_FLAGS = {"total_timesteps": 200_000, "batch_size": 512, "eval_episodes": 200}
+PARTICLE_METHODS = regularizers(
+    ("gaussian", "random", "adversarial", "stackelberg"),
+    (
+        {"epsilon": 0.3, "reg_coef": 0.02, "reg_batch_size": 128},
+        {"epsilon": 0.5, "reg_coef": 0.1, "reg_batch_size": 128},
+    ),
 )
-PARTICLE_TEXT += "level with not unrolling it (Figure 9); M3DDPG gives some robustness"
+PARTICLE_METHODS["m3ddpg"] = [
+    {"regularizer": "none", "minimax_epsilon": 0.01},
+    {"regularizer": "none", "minimax_epsilon": 0.1},
+]
 
 
 def crowd(num_agents: int) -> Study:
     """Mean-field methods, which choose lambda with three agents, and MADDPG. Minibatches hold as many samples of all
     agents for every N."""
-    flags = f"--num-agents={num_agents} --batch-size={1536 // num_agents} --total-timesteps=100000"
-    flags += " --steps-per-update=25 --attack-steps=1" + f" --eval-episodes={1000 // num_agents}" * (num_agents > 6)
-    own = f" --reg-batch-size={max(8, 96 // num_agents)} --transport-steps=50 --eval-agents 3 6 15 30"
-    own += " --compile" * (num_agents > 15)  # half the time of an update
-    methods = grids_of((0.3, 0.1), (0.3, 1.0))
-    methods = {name: tuple(point + own for point in points) for name, points in methods.items()}
+    flags = {
+        "num_agents": num_agents,
+        "batch_size": 1536 // num_agents,
+        "total_timesteps": 100_000,
+        "steps_per_update": 25,
+        "attack_steps": 1,
+    }
+    if num_agents > 6:
+        flags["eval_episodes"] = 1000 // num_agents
+    meanfield = {
+        "reg_batch_size": max(8, 96 // num_agents),
+        "transport_steps": 50,
+        "eval_agents": (3, 6, 15, 30),
+        "compile": num_agents > 15,  # half the time of an update
+    }
+    points = [{"epsilon": 0.3, "reg_coef": coef} | meanfield for coef in (0.1, 1.0)]
+    methods = regularizers(ERNIE, points)
+    methods["none"] = [{"regularizer": "none"} | meanfield]
     if num_agents > 3:  # what they chose
-        methods = {name: points[-1:] if name == "stackelberg" else points[:1] for name, points in methods.items()}
+        for mode in ERNIE:
+            best = points[-1] if mode == "stackelberg" else points[0]
+            methods[mode] = [{"regularizer": mode} | best]
+    claims = [("stackelberg", "none")]
+    scripts = {}
     if num_agents <= 15:
-        methods["maddpg"] = ("--regularizer=none",)
+        methods["maddpg"] = [{"regularizer": "none"}]
+        scripts["maddpg"] = "ernie_maddpg.py"
     if num_agents <= 6:
-        methods["m3ddpg"] = ("--regularizer=none --minimax-epsilon=0.01",)
-    text = "ERNIE has a higher return than mean-field MADDPG and M3DDPG and falls more slowly with observation noise"
-    scripts = {name: "ernie_maddpg.py" for name in methods if name in ("maddpg", "m3ddpg")}
-    claims = (("stackelberg", "none"), ("stackelberg", "m3ddpg")) if num_agents <= 6 else (("stackelberg", "none"),)
-    quick = "--total-timesteps=8000 --eval-episodes=4"
-    select = "--eval-episodes=100"
-    return Study("ernie_meanfield.py", text, methods, flags, quick, select, claims=claims, scripts=scripts)
+        methods["m3ddpg"] = [{"regularizer": "none", "minimax_epsilon": 0.01}]
+        scripts["m3ddpg"] = "ernie_maddpg.py"
+        claims.append(("stackelberg", "m3ddpg"))
+    return Study(
+        "ernie_meanfield.py",
+        "ERNIE has a higher return than mean-field MADDPG and M3DDPG and falls more slowly with observation noise",
+        methods,
+        flags,
+        quick={"total_timesteps": 8_000, "eval_episodes": 4},
+        select={"eval_episodes": 100},
+        scripts=scripts,
+        claims=tuple(claims),
+    )
 
 
-WIDTH = (
-    "--regularizer=stackelberg --reward-scale=1 --epsilon=0.3 --reg-coef=1.0 --reg-batch-size=32 --transport-steps=50"
-)
-TRAFFIC_METHODS = {m: (f"--regularizer={m}",) for m in ("none", "gaussian", "adversarial", "stackelberg")}
+WIDTHS = {
+    "num_agents": 3,
+    "batch_size": 512,
+    "total_timesteps": 100_000,
+    "steps_per_update": 25,
+    "attack_steps": 1,
+    "reward_scale": 1,
+    "epsilon": 0.3,
+    "reg_coef": 1.0,
+    "reg_batch_size": 32,
+    "transport_steps": 50,
+    "eval_agents": (3, 6),
+}
+TRAFFIC_METHODS = regularizers(ERNIE, [{}])
+TRAFFIC_FLAGS = {"compile": True, "eval_episodes": 1, "log_interval": 64_000}
 TRAFFIC = partial(
     Study,
-    flags="--compile --eval-episodes=1 --eval-seconds=4000 --log-interval=64000",
-    quick="--total-timesteps=64000 --eval-seconds=200",
+    flags=TRAFFIC_FLAGS | {"eval_seconds": 4_000},
+    quick={"total_timesteps": 64_000, "eval_seconds": 200},
+    seeds=(101, 110),
+    result=Result(value="reward"),
     shown=("gaussian", "mad", "flip_one", "speed", "flow", "network"),
     percentiles=(("clean", "0.0"), ("speed", "30.0"), ("gaussian", "1.0"), ("flip_each", "0.05")),
-    seeds=(101, 110),
-    value="reward",
 )
-SENSITIVITY = {"none": ("--regularizer=none",)}
-SENSITIVITY |= {f"epsilon_{e}": (f"--regularizer=stackelberg --epsilon={e}",) for e in (0.03, 0.1, 0.3, 1.0)}
-SENSITIVITY |= {f"attack_steps_{k}": (f"--regularizer=stackelberg --attack-steps={k}",) for k in (1, 3, 5)}
+SENSITIVITY = {"none": [{"regularizer": "none"}]}
+for epsilon in (0.03, 0.1, 0.3, 1.0):
+    SENSITIVITY[f"epsilon_{epsilon}"] = [{"epsilon": epsilon}]
+for steps in (1, 3, 5):
+    SENSITIVITY[f"attack_steps_{steps}"] = [{"attack_steps": steps}]
 
 
 def game_label(row: dict, run: str) -> str:
     """The setting of a row; runs "fixed" and "shared" keep their lambda, the latter with shared rewards."""
     if row["method"] != "ermas":
         return f"{row['method']}, q {row['q_train']}"
-    if run in ("fixed", "shared"):
-        return f"ermas, lambda {row['lambda_init']}" + ", shared rewards" * (run == "shared")
-    return f"ermas, epsilon {row['epsilon']}" + f", beta {row['beta']}" * (row["beta"] != "0.4")
+    if run == "fixed":
+        return f"ermas, lambda {row['lambda_init']}"
+    if run == "shared":
+        return f"ermas, lambda {row['lambda_init']}, shared rewards"
+    if row["beta"] == "0.4":
+        return f"ermas, epsilon {row['epsilon']}"
+    return f"ermas, epsilon {row['epsilon']}, beta {row['beta']}"
 
 
-EPSILONS = "0 0.02 0.05 0.1 0.15 0.2 0.3 0.4"
-FIXED = "--method ermas --fixed-lambda --lambda-init 0 0.25 0.5 1 1.5 2 3 5"
+LEARNED = {"method": ("marl", "ermas"), "epsilon": (0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)}
+FIXED = {"method": "ermas", "fixed_lambda": True, "lambda_init": (0, 0.25, 0.5, 1, 1.5, 2, 3, 5)}
 
 
 def game_points(axis, rows_of: dict[str, Rows]) -> None:
@@ -247,37 +289,49 @@ def draw_figure_4(rows_of: dict[str, Rows], paths: dict[str, Path]) -> Figure:
     return figure
 
 
-def games(text: str, methods: dict[str, str], **options) -> Study:
-    quick = "--num-iterations=20 --eval-iterations=10"
-    defaults = {"result": "results.csv", "value": "eval/planner_reward", "level": "", "shown": (), "claims": ()}
-    defaults |= {"label": game_label, "seeds": (1, 10)}
-    methods = {name: (flags,) for name, flags in methods.items()}
-    return Study("ermas_bimatrix.py", text, methods, quick=quick, **defaults | options)
-
-
+GAMES = partial(
+    Study,
+    script="ermas_bimatrix.py",
+    flags={"env_id": "repeated_bimatrix_v0"},
+    quick={"num_iterations": 20, "eval_iterations": 10},
+    seeds=(1, 10),
+    result=Result("results.csv", "eval/planner_reward", ""),
+    shown=(),
+    claims=(),
+    label=game_label,
+)
 STUDIES = {
     "spread": PARTICLE(
-        text=PARTICLE_TEXT,
-        methods=PARTICLE_METHODS | {"rma3c": ("--epsilon=0.1", "--epsilon=0.3")},
-        flags=f"--env-id=simple_spread_v3 {PARTICLE_FLAGS}",
+        methods=PARTICLE_METHODS | {"rma3c": [{"epsilon": 0.1}, {"epsilon": 0.3}]},
+        flags=PARTICLE_FLAGS | {"env_id": "simple_spread_v3"},
         scripts={"rma3c": "baselines/rma3c.py"},
     ),
-    "tag": PARTICLE(text=PARTICLE_TEXT, flags=f"--env-id=simple_tag_v3 {PARTICLE_FLAGS}"),
-    "crypto": PARTICLE(text=PARTICLE_TEXT, flags=f"--env-id=simple_crypto_v3 {PARTICLE_FLAGS}"),
+    "tag": PARTICLE(methods=PARTICLE_METHODS, flags=PARTICLE_FLAGS | {"env_id": "simple_tag_v3"}),
+    "crypto": PARTICLE(methods=PARTICLE_METHODS, flags=PARTICLE_FLAGS | {"env_id": "simple_crypto_v3"}),
     "drones": Study(
         "ernie_mappo.py",
         "ERNIE is more robust to observation noise than MAPPO, for both drones",
-        grids_of((0.3, 0.1), (1.0, 0.1), (1.0, 1.0)),
-        "--total-timesteps=500000 --compile",
-        "--total-timesteps=20000 --eval-episodes=4",
+        regularizers(
+            ERNIE,
+            (
+                {"epsilon": 0.3, "reg_coef": 0.1},
+                {"epsilon": 1.0, "reg_coef": 0.1},
+                {"epsilon": 1.0, "reg_coef": 1.0},
+            ),
+        ),
+        flags={"total_timesteps": 500_000, "compile": True},
+        quick={"total_timesteps": 20_000, "eval_episodes": 4},
     ),
-    **{f"meanfield_{n}": crowd(n) for n in (3, 6, 15, 30)},
+    "meanfield_3": crowd(3),
+    "meanfield_6": crowd(6),
+    "meanfield_15": crowd(15),
+    "meanfield_30": crowd(30),
     "meanfield_widths": Study(
         "ernie_meanfield.py",
         "wider networks (128, 256 units) keep their return under strong noise better than narrow ones (32, 64)",
-        {f"{w}_units": (f"{WIDTH} --hidden-size={w} --eval-agents 3 6",) for w in (32, 64, 128, 256)},
-        "--num-agents=3 --batch-size=512 --total-timesteps=100000 --steps-per-update=25 --attack-steps=1",
-        "--total-timesteps=8000 --eval-episodes=4",
+        {f"{width}_units": [{"hidden_size": width}] for width in (32, 64, 128, 256)},
+        flags=WIDTHS,
+        quick={"total_timesteps": 8_000, "eval_episodes": 4},
         claims=(("256_units", "32_units"), ("128_units", "32_units")),
     ),
     "qcombo": TRAFFIC(
@@ -286,9 +340,9 @@ STUDIES = {
         "actions; without unrolling the attack it is worse; Gaussian noise helps against noise only",
         methods=TRAFFIC_METHODS
         | {
-            "ernie_a": ("--regularizer=none --action-reg-coef=1",),
-            "raw_gaussian": ("--regularizer=gaussian --epsilon-units=raw",),
-            "raw_stackelberg": ("--regularizer=stackelberg --epsilon-units=raw",),
+            "ernie_a": [{"regularizer": "none", "action_reg_coef": 1}],
+            "raw_gaussian": [{"regularizer": "gaussian", "epsilon_units": "raw"}],
+            "raw_stackelberg": [{"regularizer": "stackelberg", "epsilon_units": "raw"}],
         },
         claims=(("stackelberg", "none"), ("stackelberg", "adversarial"), ("ernie_a", "none")),
     ),
@@ -296,11 +350,11 @@ STUDIES = {
         script="ernie_qcombo.py",
         text="all values of epsilon and of K are better than the baseline on changed speeds (Figures 5c and 5d)",
         methods=SENSITIVITY,
-        flags="--compile --eval-episodes=1 --eval-seconds=1000 --log-interval=64000",
+        flags=TRAFFIC_FLAGS | {"eval_seconds": 1_000},
+        seeds=(101, 103),
         shown=("speed", "gaussian"),
         claims=tuple((name, "none") for name in SENSITIVITY if name != "none"),
         percentiles=(),
-        seeds=(101, 103),
     ),
     "coma": TRAFFIC(
         script="ernie_coma.py",
@@ -308,50 +362,51 @@ STUDIES = {
         methods=TRAFFIC_METHODS,
         claims=(("stackelberg", "none"), ("adversarial", "none")),
     ),
-    "bimatrix_3": games(
-        "as epsilon grows the planner's reward falls and the agents' regret rises",
-        {"learned": f"--method marl ermas --epsilon {EPSILONS}"},
-        flags="--env-id=repeated_bimatrix_v0",
+    "bimatrix_3": GAMES(
+        text="as epsilon grows the planner's reward falls and the agents' regret rises",
+        methods={"learned": [LEARNED]},
         picture=draw_figure_3,
     ),
-    "bimatrix_4": games(
-        "no fixed lambda reaches these equilibria; very small and very large beta fail",
-        {
-            "learned": f"--method marl ermas --epsilon {EPSILONS}",
-            "fixed": FIXED,
-            "shared": f"{FIXED} --cross-terms",
-            "betas": "--method ermas --epsilon 0.2 --beta 0 0.2 0.4 0.6 0.9 1.5",
+    "bimatrix_4": GAMES(
+        text="no fixed lambda reaches these equilibria; very small and very large beta fail",
+        methods={
+            "learned": [LEARNED],
+            "fixed": [FIXED],
+            "shared": [FIXED | {"cross_terms": True}],
+            "betas": [{"method": "ermas", "epsilon": 0.2, "beta": (0, 0.2, 0.4, 0.6, 0.9, 1.5)}],
         },
-        flags="--env-id=repeated_bimatrix_v0",
         picture=draw_figure_4,
     ),
-    "bimatrix_5": games(
-        "ERMAS is at least as good as MARL trained at Q = 0.5; domain randomization and risk aversion give little",
-        {
-            "all": "--method ermas marl domain-randomization risk --epsilon 0.1 0.15 0.2 0.3",
-            "marl": "--method marl --q-train 0.5",
+    "bimatrix_5": GAMES(
+        text="ERMAS is at least as good as MARL trained at Q = 0.5; domain randomization and risk aversion give little",
+        methods={
+            "all": [
+                {"method": ("ermas", "marl", "domain-randomization", "risk"), "epsilon": (0.1, 0.15, 0.2, 0.3)},
+            ],
+            "marl": [{"method": "marl", "q_train": 0.5}],
         },
-        result="test_games.csv",
-        value="planner_reward",
-        level="q",
+        flags={},
+        seeds=(11, 20),
+        result=Result("test_games.csv", "planner_reward", "q"),
         shown=("q",),
         claims=tuple(("ermas, epsilon 0.2", other) for other in ("marl, q 0.0", "marl, q 0.5", "risk, q 0.0")),
-        seeds=(11, 20),
     ),
     "economy": Study(
         "ermas_economy.py",
         "ERMAS has a higher welfare than the AI Economist (MARL), Saez and US federal rates at every eta of new agents",
-        {m: (f"--method={m}",) for m in ("free-market", "us-federal", "saez", "marl", "ermas")},
-        "--compile",
-        "--phase-one-timesteps=12800 --phase-two-timesteps=12800 --eval-timesteps=12800 --eval-episodes=64",
+        {name: [{"method": name}] for name in ("free-market", "us-federal", "saez", "marl", "ermas")},
+        flags={"compile": True},
+        quick={
+            "phase_one_timesteps": 12_800,
+            "phase_two_timesteps": 12_800,
+            "eval_timesteps": 12_800,
+            "eval_episodes": 64,
+        },
+        seeds=(1, 3),
+        result=Result("welfare.csv", "welfare", "eta"),
         shown=("eta",),
         claims=(("ermas", "marl"), ("ermas", "saez"), ("ermas", "us-federal")),
-        seeds=(1, 3),
-        result="welfare.csv",
-        value="welfare",
-        level="eta",
-        first="free-market",
-        reuse="--warm-start={folder} --eval-agents={folder}/test_agents.pt",
+        reuse=("free-market", {"warm_start": "{folder}", "eval_agents": "{folder}/test_agents.pt"}),
     ),
 }
 PARTICLES, CROWDS = ("spread", "tag", "crypto"), tuple(name for name in STUDIES if name.startswith("meanfield"))
@@ -433,13 +488,18 @@ def run(command: list[str], runs_dir: Path, pattern: str, result: str) -> Path:
     return max(finished)
 
 
-def merged(*flags: str) -> list[str]:
-    """Words of a command line in which a later flag replaces an earlier one of that name."""
-    found, name = {}, None
-    for word in " ".join(flags).split():
-        name = word.split("=")[0] if word.startswith("--") else name
-        found[name] = [word] if word.startswith("--") else [*found[name], word]
-    return [word for words in found.values() for word in words]
+def words(flags: Flags) -> list[str]:
+    """A command line."""
+    line = []
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            line.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, tuple):
+            line += [f"--{flag}", *map(str, value)]
+        else:
+            line.append(f"--{flag}={value}")
+    return line
 
 
 @dataclass
@@ -459,23 +519,21 @@ class Cluster:
         self.ray = ray
         self.task = ray.remote(num_cpus=self.args.cpus_per_run, num_gpus=self.args.gpus_per_run, max_retries=5)(run)
 
-    def start(self, name: str, study: Study, method: str, flags: str, seeds: tuple[int, int], *more: str):
+    def start(self, name: str, study: Study, method: str, flags: Flags, seeds: tuple[int, int]):
         """The task of a run; its name is `name`, the study's and the method's, with a digest of its flags and seeds:
         a run with others is another run."""
         script = study.scripts.get(method, study.script)
-        seed_flags = f"--seed={seeds[0]} --num-seeds={seeds[1] - seeds[0] + 1}"
-        words = merged(study.flags, flags, *more, study.quick if self.args.quick else "", seed_flags)
-        digest = hashlib.sha256(" ".join([script, *words]).encode()).hexdigest()[:8]
-        name = f"{'quick_' * self.args.quick}{name}-{digest}"
-        command = [
-            str(ROOT / script),
-            f"--exp-name={name}",
-            *words,
-            f"--runs-dir={self.args.runs_dir}",
-            "--wandb-mode=disabled",
-        ]
+        flags = study.flags | flags
+        if self.args.quick:
+            flags |= study.quick
+            name = f"quick_{name}"
+        flags |= {"seed": seeds[0], "num_seeds": seeds[1] - seeds[0] + 1}
+        digest = hashlib.sha256(" ".join([script, *words(flags)]).encode()).hexdigest()[:8]
+        name = f"{name}-{digest}"
+        flags |= {"exp_name": name, "runs_dir": self.args.runs_dir, "wandb_mode": "disabled"}
+        command = [str(ROOT / script), *words(flags)]
         task = self.task.options(name=name)
-        return name, task.remote(command, self.args.runs_dir, f"*__{name}__{seeds[0]}__*", study.result)
+        return name, task.remote(command, self.args.runs_dir, f"*__{name}__{seeds[0]}__*", study.result.file)
 
     def get(self, started) -> Path | None:
         """The result of a run, None if it failed."""
@@ -489,43 +547,49 @@ class Cluster:
             return None
 
 
-def train(name: str, cluster: Cluster) -> dict[str, tuple[str, Path]]:
+def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
     """All runs of a study: method -> flags of its point of the grid, result."""
     study, quick = STUDIES[name], cluster.args.quick
     seeds = (1, 2) if quick else cluster.args.seeds or study.seeds
-    grids = {m: grid[:1] if quick else grid for m, grid in study.methods.items()}
-    pending = {
-        (m, k): cluster.start(f"{name}_{m}_select{k}", study, m, flags, study.select_seeds, study.select)
-        for m, grid in grids.items()
-        for k, flags in enumerate(grid)
-        if len(grid) > 1
-    }
-    reuse, chosen = "", {}
-    if study.first:
-        (flags,) = grids[study.first]
-        path = cluster.get(cluster.start(f"{name}_{study.first}", study, study.first, flags, seeds))
+    grids = {method: grid[:1] if quick else grid for method, grid in study.methods.items()}
+    pending = {}
+    for method, grid in grids.items():
+        if len(grid) > 1:
+            run_name = f"{name}_{method}_select"
+            pending[method] = [
+                cluster.start(f"{run_name}{k}", study, method, flags | study.select, study.select_seeds)
+                for k, flags in enumerate(grid)
+            ]
+    reused, found = {}, {}
+    if study.reuse:
+        first, more = study.reuse
+        (flags,) = grids[first]
+        path = cluster.get(cluster.start(f"{name}_{first}", study, first, flags, seeds))
         if path is None:
             return {}
-        chosen[study.first], reuse = (flags, path), study.reuse.format(folder=path.parent)
-    final = {}
+        found[first] = flags, path
+        reused = {flag: value.format(folder=path.parent) for flag, value in more.items()}
+    started = {}
     for method, grid in grids.items():
         flags = grid[0]
-        if len(grid) > 1:
-            paths = [cluster.get(pending[method, k]) for k in range(len(grid))]
-            scores = [score(study, method, *run) if run[1] else -np.inf for run in zip(grid, paths)]
+        if method in pending:
+            paths = [cluster.get(run) for run in pending[method]]
+            scores = [score(study, method, path) if path else -np.inf for path in paths]
             flags = grid[int(np.argmax(scores))]
-            print(f"{name} {method}: {flags}  (scores: {', '.join(f'{s:.2f}' for s in scores)})", flush=True)
-        if method not in chosen:
-            final[method] = flags, cluster.start(f"{name}_{method}", study, method, flags, seeds, reuse)
-    paths = chosen | {method: (flags, cluster.get(started)) for method, (flags, started) in final.items()}
-    return {method: paths[method] for method in grids if paths[method][1] is not None}
+            shown = ", ".join(f"{value:.2f}" for value in scores)
+            print(f"{name} {method}: {' '.join(words(flags))}  (scores: {shown})", flush=True)
+        if method not in found:
+            started[method] = flags, cluster.start(f"{name}_{method}", study, method, flags | reused, seeds)
+    for method, (flags, run) in started.items():
+        found[method] = flags, cluster.get(run)
+    return {method: found[method] for method in grids if found[method][1] is not None}
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Results
 
 
-def read(study: Study, method: str, flags: str, path: Path) -> Rows:
+def read(study: Study, method: str, path: Path) -> Rows:
     """A row per method, perturbation, level and seed of a run's result."""
     rows = []
     with open(path, newline="") as file:
@@ -533,10 +597,10 @@ def read(study: Study, method: str, flags: str, path: Path) -> Rows:
             found = {"script": study.scripts.get(method, study.script), "env_id": row.pop("env_id", "")}
             found["method"] = study.label(row, method) if study.label else method
             policy = row.pop("policy", None)  # traffic: the trained lights, or a fixed cycle
-            if policy is not None and policy != dict(word.split("=") for word in flags.split())["--regularizer"]:
+            if policy == "fixed_time":
                 found["method"] = policy
-            found |= {"perturbation": row.pop("perturbation", study.level or "training")}
-            found |= {"level": row.pop(study.level, "0.0"), "seed": row.pop("seed")}
+            found |= {"perturbation": row.pop("perturbation", study.result.level or "training")}
+            found |= {"level": row.pop(study.result.level, "0.0"), "seed": row.pop("seed")}
             own = ("regularizer", "method", "num_agents", "standard_error", "episodes")
             rows.append(found | {k: v for k, v in row.items() if k not in own})
     return rows
@@ -546,9 +610,8 @@ def table_of(rows: Rows, method: str, value: str) -> Table:
     table = {}
     for row in rows:
         if row["method"] == method:
-            table.setdefault((row.get("agent", ""), row["perturbation"], row["level"]), {})[int(row["seed"])] = row[
-                value
-            ]
+            values = table.setdefault((row.get("agent", ""), row["perturbation"], row["level"]), {})
+            values[int(row["seed"])] = row[value]
     return {key: np.array([float(seeds[s]) for s in sorted(seeds)]) for key, seeds in table.items()}
 
 
@@ -558,9 +621,9 @@ def cells(study: Study, table: Table, family: str) -> list[np.ndarray]:
     return [v for (agent, f, _), v in table.items() if f == family and (agent == "mean" or "mean" not in agents)]
 
 
-def score(study: Study, method: str, flags: str, path: Path) -> float:
+def score(study: Study, method: str, path: Path) -> float:
     """What the point of a grid is chosen by."""
-    table = table_of(read(study, method, flags, path), method, study.value)
+    table = table_of(read(study, method, path), method, study.result.value)
     return float(np.mean([v.mean() for family in ("clean", *study.shown) for v in cells(study, table, family)]))
 
 
@@ -588,7 +651,7 @@ def summarise(study: Study, tables: dict[str, Table]) -> Rows:
             gain = values - other if len(other) == len(values) else np.array([np.nan])
             rows.append(
                 {"method": method, "agent": agent, "perturbation": family, "level": level, "seeds": len(values)}
-                | {study.value: values.mean(), "interval95": interval(values)}
+                | {study.result.value: values.mean(), "interval95": interval(values)}
                 | {"iqm": iqm(values), "iqm_low": low, "iqm_high": high, "worst_seed": values.min()}
                 | {f"less_{baseline}": gain.mean(), f"less_{baseline}_interval95": interval(gain)}
             )
@@ -636,13 +699,13 @@ def draw(name: str, study: Study, tables: dict[str, Table], path: Path) -> None:
         axis.set_xticks(
             range(len(points)), ["clean" if x == "0.0" and family != "q" else x for x in points], fontsize=8
         )
-        axis.set(title=f"{family} {agent}".strip(), ylabel=study.value)
+        axis.set(title=f"{family} {agent}".strip(), ylabel=study.result.value)
         axis.grid(alpha=0.3)
     profile = axes[len(panels)]
     for method, table in tables.items():
         values = np.sort(np.concatenate([v for family in families for v in cells(study, table, family)]))
         profile.step(values, 1 - np.arange(len(values)) / len(values), where="post", label=method)
-    profile.set(title="performance profile", xlabel=study.value, ylabel="share of seeds and levels at or above")
+    profile.set(title="performance profile", xlabel=study.result.value, ylabel="share of seeds and levels at or above")
     profile.grid(alpha=0.3)
     profile.legend(fontsize=7)
     for axis in axes[len(panels) + 1 :]:
@@ -663,19 +726,19 @@ def draw_percentiles(study: Study, tables: dict[str, Table], path: Path) -> None
                 axis.plot(x, values, marker="o", markersize=3, label=method)
         axis.set(title=" ".join(point), xlabel="percentile of seeds")
         axis.grid(alpha=0.3)
-    figure.axes[0].set_ylabel(study.value)
+    figure.axes[0].set_ylabel(study.result.value)
     figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
-def report(name: str, found: dict[str, tuple[str, Path]], args: Args) -> None:
+def report(name: str, found: dict[str, tuple[Flags, Path]], args: Args) -> None:
     """Everything that a study leaves in the folder of results."""
     study, folder = STUDIES[name], args.results_dir
-    every = {m: read(study, m, flags, path) for m, (flags, path) in found.items()}
+    every = {method: read(study, method, path) for method, (_, path) in found.items()}
     methods = list(dict.fromkeys(row["method"] for rows in every.values() for row in rows))
     first = next(iter(every))  # a fixed cycle of lights is in the results of every run
     rows = [row for m, rows in every.items() for row in rows if row["method"] != "fixed_time" or m == first]
-    tables = {method: table_of(rows, method, study.value) for method in methods}
+    tables = {method: table_of(rows, method, study.result.value) for method in methods}
     runs.write_rows(folder / f"{name}.csv", rows)
     runs.write_rows(folder / f"{name}_summary.csv", summarise(study, tables))
     if study.picture:
@@ -717,9 +780,8 @@ def in_sumo(args: Args, methods=("none", "stackelberg")) -> None:
         command = [str(ROOT / study.script), f"--evaluate={copy}", "--eval-episodes=1", "--eval-seconds=1000"]
         here = run(command, args.runs_dir, copy.name, "robustness.csv")
         there = run([*command, "--backend=sumo"], args.runs_dir, copy.name, "robustness_sumo.csv")
-        flags = study.methods[method][0]
         for who in (method, "fixed_time"):
-            ours, theirs = (table_of(read(study, method, flags, path), who, study.value) for path in (here, there))
+            ours, theirs = (table_of(read(study, method, path), who, study.result.value) for path in (here, there))
             for (_, *point), values in theirs.items():
                 pair = ours["", *point], values
                 row = {"method": who, "perturbation": point[0], "level": point[1]}

@@ -47,7 +47,7 @@ for seed in range(int(flags.get("seed", 1)), int(flags.get("seed", 1)) + int(fla
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     (tmp_path / "toy.py").write_text(SCRIPT)
-    methods = {"none": ("",), "weak": ("--gain=1",), "chosen": ("--gain=0.5", "--gain=2", "--gain=1")}
+    methods = {"none": [{}], "weak": [{"gain": 1}], "chosen": [{"gain": 0.5}, {"gain": 2}, {"gain": 1}]}
     claims = (("chosen", "none"), ("none", "weak"))
     study = reproduce.Study(str(tmp_path / "toy.py"), "a claim", methods, shown=("gaussian",), claims=claims)
     monkeypatch.setitem(reproduce.STUDIES, "toy", study)
@@ -73,9 +73,10 @@ def rows_of(path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def test_later_flags_replace_earlier_ones():
-    words = reproduce.merged("--a=1 --eval-agents 3 6 --compile", "", "--b=2 --a=3", "--eval-agents 15")
-    assert words == ["--a=3", "--eval-agents", "15", "--compile", "--b=2"]
+def test_words_of_a_command_line():
+    flags = {"a": 0.3, "eval_agents": (3, 6), "compile": True, "cuda": False, "env_id": "x"}
+    expected = ["--a=0.3", "--eval-agents", "3", "6", "--compile", "--no-cuda", "--env-id=x"]
+    assert reproduce.words(flags) == expected
 
 
 def test_a_run_is_begun_resumed_and_then_left_alone(tmp_path, toy):
@@ -136,7 +137,7 @@ def test_every_figure_and_table_has_its_studies():
     assert set(every) == set(reproduce.STUDIES)
     for name, study in reproduce.STUDIES.items():
         assert study.label or {m for pair in study.claims for m in pair} <= set(study.methods), name
-        assert not study.first or study.first in study.methods
+        assert not study.reuse or study.reuse[0] in study.methods
         assert set(study.scripts) <= set(study.methods)
 
 
@@ -150,19 +151,19 @@ def test_every_command_is_understood(name, monkeypatch):
         script = importlib.import_module(path.stem)
         for flags in grid:
             for more in (study.select, study.quick):
-                words = reproduce.merged(study.flags, flags, more, "--seed=1 --num-seeds=2")
+                words = reproduce.words(study.flags | flags | more | {"seed": 1, "num_seeds": 2})
                 monkeypatch.setattr(sys, "argv", [study.script, *words])
                 args, _ = runs.parse_args(script.Args, script.__doc__)
                 assert args.num_seeds == 2
 
 
 def test_a_grid_with_a_failure(tmp_path, toy, ray, monkeypatch):
-    methods = toy.methods | {"broken": ("--fails=1",)}
+    methods = toy.methods | {"broken": [{"fails": 1}]}
     monkeypatch.setitem(reproduce.STUDIES, "toy", replace(toy, methods=methods))
     args = arguments(tmp_path, ray_address="local")
     cluster = reproduce.Cluster(args)
     found = reproduce.train("toy", cluster)
-    assert list(found) == ["none", "weak", "chosen"] and found["chosen"][0] == "--gain=2"
+    assert list(found) == ["none", "weak", "chosen"] and found["chosen"][0] == {"gain": 2}
     assert len(cluster.failures) == 1 and "toy_broken-" in cluster.failures[0] and "it fails" in cluster.failures[0]
     reproduce.report("toy", found, args)
     rows = rows_of(tmp_path / "results" / "toy.csv")
@@ -179,7 +180,7 @@ def test_a_grid_with_a_failure(tmp_path, toy, ray, monkeypatch):
 def test_a_run_with_other_flags_or_seeds_is_another_run(tmp_path, toy, ray):
     """It is not taken for finished."""
     cluster = reproduce.Cluster(arguments(tmp_path, ray_address="local"))
-    choices = [("--gain=1", (1, 2)), ("--gain=2", (1, 2)), ("--gain=2", (1, 3)), ("--gain=1", (1, 2))]
+    choices = [({"gain": 1}, (1, 2)), ({"gain": 2}, (1, 2)), ({"gain": 2}, (1, 3)), ({"gain": 1}, (1, 2))]
     paths = [cluster.get(cluster.start("toy_weak", toy, "weak", *choice)) for choice in choices]
     assert len(set(paths)) == 3 and paths[0] == paths[3]
     assert [len(rows_of(path)) for path in paths] == [6, 6, 9, 6]
@@ -212,9 +213,9 @@ def test_a_node_dies(tmp_path, toy, ray):
 
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     doomed, args = nodes.add_node(num_cpus=2), arguments(tmp_path, ray_address=nodes.address)
-    study = replace(toy, methods={f"m{k}": ("--sleep=4",) for k in range(4)}, claims=())
+    study = replace(toy, methods={f"m{k}": [{"sleep": 4}] for k in range(4)}, claims=())
     cluster = reproduce.Cluster(args)
-    runs = {method: cluster.start(f"toy_{method}", study, method, "--sleep=4", (1, 5)) for method in study.methods}
+    runs = {method: cluster.start(f"toy_{method}", study, method, {"sleep": 4}, (1, 5)) for method in study.methods}
     while len(list(args.runs_dir.glob("*/checkpoint.pt"))) < 3:
         time.sleep(0.1)
     threading.Timer(0.5, nodes.remove_node, [doomed], {"allow_graceful": False}).start()
