@@ -9,7 +9,8 @@ regret that TRPO finds in a KL ball (Eq. 13, 14) exceeds epsilon (Eq. 12). The p
     python ermas_bimatrix.py --method marl --q-train 0.5     # a baseline; also domain-randomization and risk
     python ermas_bimatrix.py --epsilon 0.1 0.2 --beta 0 0.4  # several settings side by side, each with five seeds
 
-Differences to the paper, by their number in the README: 2 factor 2, 4 sign of Eq. 9, 6 own regret only, 7 sign of
+Usage, metrics and results: docs/ermas_bimatrix.md.
+Differences to the paper (docs/paper_to_code.md): 2 factor 2, 4 sign of Eq. 9, 6 own regret only, 7 sign of
 Eq. 12, 8 bounds and damping of lambda, 9 regret per step, 10 common random numbers, 13 KL to the anchor, 14 Eq. 15 is
 the bracket of Eq. 11, 17 and 18 gradients, not parameters, 20 planner's turn, 21 warm-up, 23 payoffs, 24 moves,
 25 incentives, 26 noise per transition, 27 shifted logarithm.

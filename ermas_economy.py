@@ -15,7 +15,8 @@ Phase one: agents learn without taxes while labor becomes costly. Phase two: tax
 and planner. All agents share one policy: a unilateral deviation of agent i is a copy of it that only i follows, found
 by TRPO; in slice i of one wide batch of environments agent i plays its copy, in the last slice nobody deviates.
 
-Differences to the paper, by their number in the README: 4 sign of Eq. 9, 6 own regret only, 7 sign of Eq. 12, 8 bounds
+Usage, metrics and results: docs/ermas_economy.md.
+Differences to the paper (docs/paper_to_code.md): 4 sign of Eq. 9, 6 own regret only, 7 sign of Eq. 12, 8 bounds
 and damping of lambda, 9 regret per step, 10 common random numbers, 13 KL to the anchor, 14 Eq. 15 is the bracket of
 Eq. 11, 17 gradients, not parameters, 20 planner's turn, 21 warm-up, 29 change of utility. PPO in place of policy
 gradients; feed-forward networks without maps in place of convolutions and an LSTM; the planner decides once a period.
@@ -96,7 +97,7 @@ class Args:
     """ermas; everybody for itself (the AI Economist); or no planner: Saez's formula, US rates of 2018, no taxes"""
     eta_train: Eta = 0.23  # the agents' risk aversion in training
     phase_one_timesteps: PositiveInt = 400_000  # environment steps of one seed without taxes (AI Economist: 25 million)
-    phase_two_timesteps: PositiveInt = 400_000  # environment steps of one seed with taxes, in which nobody deviates
+    phase_two_timesteps: PositiveInt = 400_000  # the same with taxes; what deviating agents play besides is not counted
     warm_start: str | None = None  # run folder whose agents at the end of phase one take the place of phase one
     num_envs: PositiveInt = 64  # B, environments of one seed; an iteration plays 1 + M episodes of each
     labor_constant: NonNegativeFloat = 300.0
@@ -148,10 +149,6 @@ class Args:
         if len(set(self.eval_eta)) < len(self.eval_eta):
             raise ValueError(f"eval_eta must have different values, got {self.eval_eta}")
 
-    @property
-    def seeds(self) -> range:
-        return range(self.seed, self.seed + self.num_seeds)
-
 
 PAPER = {  # of the AI Economist's training, per seed: 60 environments there; here as many as a GPU likes
     "env_id": "economy_v0",
@@ -195,7 +192,7 @@ class Learner:
     last: State | None = None  # in which the last episodes ended
 
     def agents(self) -> dict:
-        """What agents can be taken over with, of policy.pt, and of a checkpoint: `runs.save`, `runs.restore`."""
+        """What warm_agents.pt and test_agents.pt hold."""
         return {
             "policy": self.nets["agents"].flat,
             "critic": self.nets["agents_critic"].flat,
@@ -203,9 +200,11 @@ class Learner:
         }
 
     def trained(self) -> dict:
+        """What policy.pt holds."""
         return {"nets": {name: net.flat for name, net in self.nets.items()}, "last": vars(self.last)}
 
     def everything(self) -> dict:
+        """What a checkpoint holds of it."""
         own = {name: getattr(self, name) for name in ("optimizers", "lambdas", "streams")}
         moments = {name: moments.flat for name, moments in self.moments.items()}
         return self.trained() | own | {"moments": moments}
@@ -296,7 +295,7 @@ def orthogonal_mlp(sizes: list[int], activation: str, num_agents: int, last_gain
 
 
 def make_learner(env: Economy, streams: dict[str, Generators], args: Args) -> Learner:
-    """Policies and values of the agents of each run, of which all four have the same, and of its planner."""
+    """Policy and values of each run's agents, which share them, and of its planner."""
     S = len(streams["init"])
     O, A = env.obs_mask.shape[1], env.action_mask.shape[1]
     G = env.planner_obs_size
@@ -351,11 +350,10 @@ def own_slices(x: Tensor) -> Tensor:
     return x[:, :, :-1].diagonal(0, 1, 2).movedim(-1, 1)
 
 
-def act(policies: tuple[MLP, MLP | None], obs: Tensor, valid: Tensor, generators: Generators) -> Batch:
+def act(net: MLP, deviations: MLP | None, obs: Tensor, valid: Tensor, generators: Generators) -> Batch:
     """What is remembered of a choice [S, n, L, B, ...]: obs, valid, actions or a planner's rates, by the same random
-    numbers in all slices, and their log-probabilities. The second policy is the deviating agents': i's in slice i."""
-    policy, deviations = policies
-    logp = log_policy(policy, obs.flatten(1, 3).unsqueeze(1), valid.flatten(1, 3).unsqueeze(1))
+    numbers in all slices, and their log-probabilities. In slice i agent i acts by its deviation."""
+    logp = log_policy(net, obs.flatten(1, 3).unsqueeze(1), valid.flatten(1, 3).unsqueeze(1))
     logp = logp.reshape(valid.shape)
     if deviations is not None:
         own = log_policy(deviations, own_slices(obs), own_slices(valid))
@@ -373,7 +371,7 @@ def rollout(task: Task, learner: Learner, deviations: MLP | None = None) -> tupl
     and in slice i agent i follows its deviation; without them L = 1.
 
     Returns the joint policy's episodes with what came out of them (`economy.FACTS`), and of the deviating agents obs,
-    valid, actions and rewards [S, N, B, T, ...]."""
+    valid, actions, logprobs and rewards [S, N, B, T, ...]."""
     env = task.env
     nets = learner.nets
     generators = learner.streams["games"]
@@ -401,11 +399,11 @@ def rollout(task: Task, learner: Learner, deviations: MLP | None = None) -> tupl
     steps = defaultdict(list)
     own = defaultdict(list)
     for t in range(env.horizon):
-        step = act((nets["agents"], deviations), sliced(obs), sliced(valid), generators)
+        step = act(nets["agents"], deviations, sliced(obs), sliced(valid), generators)
         if env.tax == "planner" and t % env.period == 0:
-            obs = sliced(env.planner_obs(state).unsqueeze(1))
-            valid = sliced(env.valid_rates(state).unsqueeze(1))
-            choice = act((nets["planner"], None), obs, valid, generators)
+            planner_obs = sliced(env.planner_obs(state).unsqueeze(1))
+            valid_rates = sliced(env.valid_rates(state).unsqueeze(1))
+            choice = act(nets["planner"], None, planner_obs, valid_rates, generators)
             rates = choice["actions"].flatten(0, 3)
             for name, x in choice.items():
                 steps[f"planner_{name}"].append(x[:, :, -1])
@@ -415,9 +413,9 @@ def rollout(task: Task, learner: Learner, deviations: MLP | None = None) -> tupl
         valid = info["valid_actions"]
         step["rewards"] = sliced(reward)
         for name, x in step.items():
-            steps[name].append(x[:, :, -1])
+            steps[name].append(x[:, :, -1].contiguous())  # a view would keep all slices
             if deviations is not None:
-                own[name].append(own_slices(x))
+                own[name].append(own_slices(x).contiguous())
         steps["planner_rewards"].append(joint(info["planner_reward"]).unsqueeze(1))
         if (t + 1) % env.period == 0:  # a tax day
             steps["incomes"].append(joint(state.last_income))
@@ -479,9 +477,9 @@ def prepare(learner: Learner, name: str, episodes: Batch, rewards: Tensor, gamma
 
 def standardize(advantages: Tensor) -> tuple[Tensor, Tensor]:
     """Advantages [S, 1, M] of mean 0 and standard deviation 1, and what they were divided by [S, 1, 1]."""
-    std, mean = torch.std_mean(advantages.double(), 2, correction=0, keepdim=True)
-    std = std.clamp_min(1e-6).to(advantages.dtype)
-    return (advantages - mean.to(advantages.dtype)) / std, std
+    std, mean = torch.std_mean(advantages, 2, correction=0, keepdim=True)
+    std = std.clamp_min(1e-6)
+    return (advantages - mean) / std, std
 
 
 def ppo_loss(learner: Learner, name: str, batch: Batch, correction: Tensor | float, args: Args) -> tuple[Tensor, Batch]:
@@ -645,7 +643,8 @@ def deviate(task: Task, learner: Learner, episodes: Batch) -> tuple[Batch, list[
     numbers, the joint policy play.
 
     Returns the estimate of grad J_i(deviation) [S, N, K] (Eq. 15), the local regrets [S, N] and the mean KL of the
-    whole deviations [S, N] (Eq. 13, 14); and the joint policy's episodes B_1 to B_M."""
+    whole deviations [S, N] (Eq. 13, 14), on the states of the latest samples; and the joint policy's episodes B_1 to
+    B_M."""
     args = task.args
     agents = learner.nets["agents"]
     S, N = learner.lambdas.shape
@@ -671,11 +670,10 @@ def deviate(task: Task, learner: Learner, episodes: Batch) -> tuple[Batch, list[
         flat = trust_region_step(policy, deviations.flat, weighted, anchor, args.rho, args)
         deviations = replace(agents, flat=flat)
         kl = mean_kl(anchor, policy(flat).detach())
-        together, alone = rollout(task, learner, deviations)
-        before = together["rewards"].mean((2, 3))
-        gains.append(alone["rewards"].mean((2, 3)) - before)
-        joint.append(together)
-        own = own_samples(learner, alone, args)
+        joint_games, own_games = rollout(task, learner, deviations)
+        gains.append(own_games["rewards"].mean((2, 3)) - joint_games["rewards"].mean((2, 3)))
+        joint.append(joint_games)
+        own = own_samples(learner, own_games, args)
         path.append(policy_gradient(deviations, own))
     regrets = torch.stack(gains).amax(0)
     outcome = {
@@ -689,10 +687,10 @@ def deviate(task: Task, learner: Learner, episodes: Batch) -> tuple[Batch, list[
 def update(task: Task, learner: Learner, stage: str) -> Batch:
     """1 + M episodes of every environment, an update of the agents, one iteration of Algorithm 2 if they are
     adversarial, and the planner's turn, Algorithm 1. Agent i ascends on -J_r + lambda_i (g_1 - beta grad
-    J_i(deviation)), Eq. (11) with (15), else on its own reward. Stages: "alone", each for itself; "warm-up", no
+    J_i(deviation)), Eq. (11) with (15), else on its own reward. Stages: "selfish", each for itself; "warm-up", no
     deviations, the planner at rest; "full". Returns metrics [S]."""
     args = task.args
-    adversarial = args.method == "ermas" and stage != "alone"
+    adversarial = args.method == "ermas" and stage != "selfish"
     deviating = adversarial and stage == "full"
     lambdas = learner.lambdas
     correction = 0.0
@@ -787,17 +785,19 @@ def play_tests(learner: Learner, tested: dict, args: Args, run_dir: Path) -> Bat
     if tested:
         runs.restore({"test_agents": new.agents()}, tested)
     else:
-        learn_alone("one", Task(env, compiled(env, args), args), new, args.phase_one_timesteps)
-        runs.save(run_dir / "test_agents.pt", {"args": asdict(args), "test_agents": new.agents()})
+        learn_selfishly("one", Task(env, compiled(env, args), args), new, args.phase_one_timesteps)
+        if not args.evaluate:  # other runs may rely on the file that is there
+            runs.save(run_dir / "test_agents.pt", {"args": asdict(args), "test_agents": new.agents()})
+    new.streams = make_streams(args, device, "test taxes ", Q)  # the same whether phase one was played or not
     env = make_env(args, Q * S, "two", device, eta)
     new.last = None
     new.optimizers = make_optimizers(new.nets, args)
     task = Task(env, compiled(env, args), args)
-    learn_alone("two", task, new, args.eval_timesteps)
+    learn_selfishly("two", task, new, args.eval_timesteps)
     games = []
     for _ in range(math.ceil(args.eval_episodes / args.num_envs)):
         episodes, _ = rollout(task, new)
-        games.append(episodes)
+        games.append({name: episodes[name] for name in economy.FACTS})
     facts = {}
     for name in economy.FACTS:
         values = torch.cat([episodes[name] for episodes in games], 2)
@@ -805,12 +805,12 @@ def play_tests(learner: Learner, tested: dict, args: Args, run_dir: Path) -> Bat
     return facts
 
 
-def learn_alone(phase: str, task: Task, learner: Learner, timesteps: int) -> None:
+def learn_selfishly(phase: str, task: Task, learner: Learner, timesteps: int) -> None:
     """Agents learn, each for itself; a planner keeps its policy."""
     count = math.ceil(timesteps / steps_per_iteration(task.env, task.args))
     for iteration in tqdm(range(count), desc=f"test, phase {phase}", disable=None, leave=False):
         anneal(learner, phase, iteration / count, task.args)
-        update(task, learner, "alone")
+        update(task, learner, "selfish")
 
 
 def play_last(task: Task, learner: Learner, run_dir: Path) -> Batch:
@@ -943,7 +943,7 @@ def train(phase: str, learner: Learner, args: Args, run: runs.Run, checkpoint: d
     learner.last = None
     learner.optimizers = make_optimizers(learner.nets, args)
     if begin < checkpoint.get("iteration", 0):
-        learner.last, _ = env.reset(learner.streams["games"])
+        learner.last, _ = env.reset(learner.streams["games"])  # of the right shapes, to be filled
         with runs.exits(2, ValueError):
             runs.restore(learner.everything() | {"iteration": 0, "window": {}}, checkpoint)
         iteration = checkpoint["iteration"]
@@ -957,7 +957,7 @@ def train(phase: str, learner: Learner, args: Args, run: runs.Run, checkpoint: d
     with runs.stop_signals() as caught:
         while iteration < end and not caught:
             progress = (iteration - begin) / (end - begin)
-            stage = "alone"
+            stage = "selfish"
             if phase == "two":
                 stage = "warm-up" if progress < args.warmup else "full"
             anneal(learner, phase, progress, args)
@@ -997,8 +997,8 @@ def main() -> None:
         bounds = phase_bounds(env, args)
         tested = {}
         if args.eval_agents:
-            names = ("eval_eta", "phase_one_timesteps")
-            tested = load_agents(Path(args.eval_agents), "test_agents", args, names)
+            path = Path(args.eval_agents)
+            tested = load_agents(path, "test_agents", args, ("eval_eta", "phase_one_timesteps"))
         if args.warm_start and not checkpoint:
             path = Path(args.warm_start, "warm_agents.pt")
             warm = load_agents(path, "warm_agents", args, ("eta_train",))
@@ -1006,16 +1006,16 @@ def main() -> None:
         if args.evaluate:
             if checkpoint.get("iteration", math.inf) <= bounds["one"][1]:
                 raise ValueError(f"{args.evaluate} has no taxes yet; go on with --resume")
-            learner.last, _ = env.reset(learner.streams["games"])
+            learner.last, _ = env.reset(learner.streams["games"])  # of the right shapes, to be filled
             runs.restore(learner.trained(), checkpoint)
         rows = checkpoint.get("rows", [])
-        labels = [{"seed": seed} for seed in args.seeds]
+        labels = [{"seed": args.seed + k} for k in range(args.num_seeds)]
         run = runs.Run(make_run_dir(args), labels, rows)
     if not args.evaluate:
         with runs.training(run.dir):
             runs.start_wandb(run, args)
             for phase, (_, end) in bounds.items():
-                if checkpoint.get("iteration", 0) <= end:
+                if checkpoint.get("iteration", 0) <= end:  # at its end: restored, and the next phase begins
                     train(phase, learner, args, run, checkpoint)
             runs.save(run.dir / "policy.pt", {"args": asdict(args)} | learner.trained())
     with runs.reporting(run.dir):
@@ -1023,7 +1023,9 @@ def main() -> None:
         learner.streams = make_streams(args, device, "video ")
         episodes = play_last(Task(env, env.step, args), learner, run.dir)
         tests = play_tests(learner, tested, args, run.dir)
-        labels = {"env_id": args.env_id, "method": args.method, "epsilon": args.epsilon}
+        labels = {"env_id": args.env_id, "method": args.method}
+        if args.method == "ermas":
+            labels["epsilon"] = args.epsilon
         economy.report(run, env, args.eval_eta, tests, episodes, labels)
     print(f"results: {run.dir}")
 

@@ -11,7 +11,8 @@ projected gradient ascent through which the gradient of the policy flows (Eq. 6,
     python ernie_coma.py --num-seeds 5 --compile                  # five runs side by side, the environment compiled
     python ernie_coma.py --env-id simple_spread_v3 --epsilon 0.1  # a particle task with discrete actions
 
-Differences to the paper, by their number in the README: 1 l2 ball in standard deviations, 2 KL of the policies, 5 on
+Usage, metrics and results: docs/ernie_coma.md.
+Differences to the paper (docs/paper_to_code.md): 1 l2 ball in standard deviations, 2 KL of the policies, 5 on
 the on-policy batch, 7 projection after every step, 8 random start, 36 mean instead of sum, 39 Gaussian noise of mean
 length epsilon, 41 mean reward.
 
@@ -457,7 +458,7 @@ def actor_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tensor, 
         change, _ = regularizer(nets, obs, clean, batch["perturbation"], env, args)
         change = change.mean(2)  # [S, N]
         loss = loss + args.reg_coef * change * env.cooperators
-        metrics["ernie/regularizer"] = change.detach()[:, env.cooperators].mean(1)
+        metrics["ernie/regularizer"] = envs.team_mean(change.detach(), env)
     return loss.sum(), metrics
 
 
@@ -535,7 +536,7 @@ def rollout(
         steps["rewards"].append(envs.by_agent(reward, S))
         steps["terminated"].append(envs.by_agent(terminated[:, None].to(reward.dtype), S))
         is_traffic = isinstance(env, traffic.Traffic)
-        outcome = traffic.outcome(reward, info) if is_traffic else {"reward": reward[:, env.cooperators].mean(1)}
+        outcome = traffic.outcome(reward, info) if is_traffic else {"reward": envs.team_mean(reward, env)}
         for name, values in outcome.items():
             outcomes[f"charts/{name}"].append(values)
     episodes = {name: torch.stack(values, 3) for name, values in steps.items()}

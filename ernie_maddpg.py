@@ -10,7 +10,8 @@ ERNIE-A (Eq. 7) does so for critics and joint actions. M3DDPG (Li et al. 2019) a
     python ernie_maddpg.py --env-id simple_tag_v3 --num-seeds 5       # five independent runs side by side
     python ernie_maddpg.py --evaluate runs/RUN --backend pettingzoo   # the trained policies in the original mpe2
 
-Differences to the paper, by their number in the README: 2 squared l2 before tanh, 7 projection after every step,
+Usage, metrics and results: docs/ernie_maddpg.md.
+Differences to the paper (docs/paper_to_code.md): 2 squared l2 before tanh, 7 projection after every step,
 8 random start, 14 critics see clean observations, 22 at most K agents in continuous ERNIE-A, 29 discounted targets,
 30 a critic per agent, 31 the others' present actions, 33 Adam, 39 Gaussian noise of mean length epsilon.
 
@@ -425,7 +426,7 @@ def critic_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tensor,
     if args.action_reg_coef > 0:
         change = action_regularizer(nets["critic"], batch, q, env, args).mean(2)
         loss = loss + args.action_reg_coef * change * env.cooperators
-        metrics["ernie/action_regularizer"] = change.detach()[:, env.cooperators].mean(1)
+        metrics["ernie/action_regularizer"] = envs.team_mean(change.detach(), env)
     return loss.sum(), metrics
 
 
@@ -450,7 +451,7 @@ def actor_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tensor, 
         change, _ = regularizer(nets["actor"], obs, clean, batch["perturbation"], env, args)
         change = change.mean(2)  # [S, N]
         loss = loss + args.reg_coef * change * env.cooperators
-        metrics["ernie/regularizer"] = change.detach()[:, env.cooperators].mean(1)
+        metrics["ernie/regularizer"] = envs.team_mean(change.detach(), env)
     return loss.sum(), metrics
 
 
@@ -702,8 +703,8 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             progress = step / args.total_timesteps
             std = args.exploration_noise + (args.exploration_noise_end - args.exploration_noise) * progress
             episodes = rollout(step_env, env, nets["actor"], std, streams["rollout"])
-            team_rewards = episodes["rewards"][..., env.cooperators]
-            window["charts/episodic_return"].append(team_rewards.sum(2).mean((1, 2)))
+            returns = episodes["rewards"].sum(2).mean(1)  # [S, N]
+            window["charts/episodic_return"].append(envs.team_mean(returns, env))
             slot = iteration % slots * args.num_envs
             for name, values in episodes.items():
                 replay[name][:, slot : slot + args.num_envs] = values

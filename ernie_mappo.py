@@ -10,7 +10,8 @@ projected gradient ascent through which the gradient of the policy flows (Eq. 6,
     python ernie_mappo.py --env-id leader_follower_v1 --num-agents 4        # three followers, in three dimensions
     python ernie_mappo.py --env-id simple_spread_v3 --no-continuous-actions --num-seeds 5 --share-parameters
 
-Differences to the paper, by their number in the README: 1 l2 ball, 5 on the on-policy batch, 7 projection after every
+Usage, metrics and results: docs/ernie_mappo.md.
+Differences to the paper (docs/paper_to_code.md): 1 l2 ball, 5 on the on-policy batch, 7 projection after every
 step, 8 random start, 36 mean instead of sum, 39 Gaussian noise of mean length epsilon. Appendix D.1 gives neither
 settings nor figures: task and hyper-parameters are ours.
 
@@ -520,7 +521,7 @@ def actor_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tensor, 
         change, _ = regularizer(nets, obs, clean, batch["perturbation"], env, args)
         change = change.mean(2)  # [S, N]
         loss = loss + args.reg_coef * change * env.cooperators
-        metrics["ernie/regularizer"] = change.detach()[:, env.cooperators].mean(1)
+        metrics["ernie/regularizer"] = envs.team_mean(change.detach(), env)
     return loss.sum(), metrics
 
 
@@ -768,8 +769,8 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             progress = step / args.total_timesteps if args.anneal_lr else 0.0
             optimizers["adam"].param_groups[0]["lr"] = args.learning_rate * (1 - progress)
             episodes = rollout(step_env, env, nets, streams["rollout"], args)
-            rewards = episodes["rewards"][:, env.cooperators]
-            window["charts/episodic_return"].append(rewards.sum(3).mean((1, 2)))
+            returns = episodes["rewards"].sum(3).mean(2)  # [S, N]
+            window["charts/episodic_return"].append(envs.team_mean(returns, env))
             samples = prepare(nets, episodes, env, args)
             for batch in minibatches(samples, streams["minibatches"], args):
                 batch |= draw_noise(streams["noise"], env, args)

@@ -13,7 +13,8 @@ through which the gradient of the leader flows (Eq. 6). The distance is optimal 
     python ernie_meanfield.py --num-agents 6 --num-seeds 5            # five independent runs side by side
     python ernie_meanfield.py --transport budget --regularize critic  # W <= epsilon as section 5.4 has it
 
-Differences to the paper, by their number in the README: 7 projection after every step, 8 random start, 24 W1 with
+Usage, metrics and results: docs/ernie_meanfield.md.
+Differences to the paper (docs/paper_to_code.md): 7 projection after every step, 8 random start, 24 W1 with
 Euclidean ground cost, 25 the leader does not see the transport term, 26 Q at the policy's action, 27 settings of IPOT,
 29 discounted targets, 33 Adam, 39 Gaussian noise of mean length epsilon.
 

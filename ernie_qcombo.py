@@ -11,7 +11,8 @@ global Q when `--malicious-agents` lights act otherwise.
     python ernie_qcombo.py --num-seeds 5 --compile             # five runs side by side, the environment compiled
     python ernie_qcombo.py --evaluate runs/RUN --backend sumo  # the same lights in SUMO
 
-Differences to the paper, by their number in the README: 1 l2 ball in standard deviations, 2 squared l2 of Q-values, 7
+Usage, metrics and results: docs/ernie_qcombo.md.
+Differences to the paper (docs/paper_to_code.md): 1 l2 ball in standard deviations, 2 squared l2 of Q-values, 7
 projection after every step, 8 random start, 16-21 sequential greedy ERNIE-A in the loss of the global Q, 23 malicious
 actions by the run's own global Q, 34 target networks (--tau 1: none), 35 greedy actions of the next step, 36 mean
 instead of sum, 37 the individual Q-functions are regularised, 39 Gaussian noise of mean length epsilon, 41 mean reward.

@@ -305,8 +305,8 @@ def adversary_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tens
     """ALGO LOGIC: adversaries minimise the same Q_i through what the frozen actors see. Returns loss, metrics."""
     actor, critic = frozen(nets["actor"]), frozen(nets["critic"])
     q, _ = deceived_values(actor, nets["adversary"], critic, batch, env, args)
-    loss = q.mean(2)[:, env.cooperators]
-    return loss.sum(), {"losses/adversary_loss": loss.detach().mean(1)}
+    loss = q.mean(2)  # [S, N]
+    return (loss * env.cooperators).sum(), {"losses/adversary_loss": envs.team_mean(loss.detach(), env)}
 
 
 def update(nets: Nets, optimizers: dict, losses: dict, batch: Batch, env: Env, args: Args) -> Batch:
@@ -571,8 +571,8 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             progress = step / args.total_timesteps
             std = args.exploration_noise + (args.exploration_noise_end - args.exploration_noise) * progress
             episodes = rollout(step_env, env, nets, std, streams["rollout"], args)
-            team_rewards = episodes["rewards"][..., env.cooperators]
-            window["charts/episodic_return"].append(team_rewards.sum(2).mean((1, 2)))
+            returns = episodes["rewards"].sum(2).mean(1)  # [S, N]
+            window["charts/episodic_return"].append(envs.team_mean(returns, env))
             slot = iteration % slots * args.num_envs
             for name, values in episodes.items():
                 replay[name][:, slot : slot + args.num_envs] = values

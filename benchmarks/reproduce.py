@@ -9,6 +9,7 @@ cluster whose machines share `--runs-dir`.
     python benchmarks/reproduce.py --extra ladder --sumo                   # traffic: simple controllers, in SUMO too
     python benchmarks/reproduce.py --extra in-sumo                         # the trained lights driven in SUMO
     python benchmarks/reproduce.py --all --ray-address auto                # on a Ray cluster
+    python benchmarks/reproduce.py --all --redraw                          # pictures and verdicts from the tables there
 
 A study is a script, its methods and their flags. Where a method has several points of (epsilon, lambda), or of alpha
 for M3DDPG, all methods as many, the point is chosen that has the highest mean over the clean environment and all
@@ -17,7 +18,7 @@ strengths of the perturbations shown, on seeds of its own. A study leaves in `--
     STUDY.csv             a row per script, environment, method, perturbation, level and seed
     STUDY_summary.csv     mean with 95% t-interval, interquartile mean with 95% bootstrap interval, worst seed, and the
                           difference to the study's first method, paired by seed
-    STUDY.png             mean against level for every perturbation shown, and performance profiles
+    STUDY.png             mean against level for every perturbation shown, and differences to the first method
     verdicts.csv          the paper's claims, the paired differences behind them, and what they say
 
 A run that finished with the same flags and seeds is found in `--runs-dir` and not run again; one that was killed goes
@@ -435,6 +436,8 @@ class Args:
     """beyond the papers: what simple controllers of traffic lights get; the trained lights driven in SUMO"""
     all: bool = False
     """all figures and tables"""
+    redraw: bool = False
+    """nothing is trained: summaries, pictures (but those of Figures 3 and 4 of ERMAS) and verdicts from the tables"""
     quick: bool = False
     """short runs of two seeds, results in a folder `quick`: to see that everything works, not for figures"""
     seeds: tuple[NonNegativeInt, NonNegativeInt] | None = None
@@ -519,9 +522,9 @@ class Cluster:
         self.ray = ray
         self.task = ray.remote(num_cpus=self.args.cpus_per_run, num_gpus=self.args.gpus_per_run, max_retries=5)(run)
 
-    def start(self, name: str, study: Study, method: str, flags: Flags, seeds: tuple[int, int]):
+    def start(self, name: str, study: Study, method: str, flags: Flags, seeds: tuple[int, int], reused: Flags = {}):
         """The task of a run; its name is `name`, the study's and the method's, with a digest of its flags and seeds:
-        a run with others is another run."""
+        a run with others is another run, wherever the files lie that are `reused`."""
         script = study.scripts.get(method, study.script)
         flags = study.flags | flags
         if self.args.quick:
@@ -530,7 +533,7 @@ class Cluster:
         flags |= {"seed": seeds[0], "num_seeds": seeds[1] - seeds[0] + 1}
         digest = hashlib.sha256(" ".join([script, *words(flags)]).encode()).hexdigest()[:8]
         name = f"{name}-{digest}"
-        flags |= {"exp_name": name, "runs_dir": self.args.runs_dir, "wandb_mode": "disabled"}
+        flags |= reused | {"exp_name": name, "runs_dir": self.args.runs_dir, "wandb_mode": "disabled"}
         command = [str(ROOT / script), *words(flags)]
         task = self.task.options(name=name)
         return name, task.remote(command, self.args.runs_dir, f"*__{name}__{seeds[0]}__*", study.result.file)
@@ -569,20 +572,23 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
             return {}
         found[first] = flags, path
         reused = {flag: value.format(folder=path.parent) for flag, value in more.items()}
+    chosen = {method: grid[0] for method, grid in grids.items() if method not in pending}
     started = {}
-    for method, grid in grids.items():
-        flags = grid[0]
+    for method in sorted(grids.keys() - found.keys(), key=lambda method: method in pending):  # choices last
         if method in pending:
             paths = [cluster.get(run) for run in pending[method]]
-            scores = [score(study, method, path) if path else -np.inf for path in paths]
-            flags = grid[int(np.argmax(scores))]
+            scores = [score(study, method, path) if path else np.nan for path in paths]
+            if not np.isfinite(scores).any():
+                cluster.failures.append(f"{name}_{method}: no point of its grid has a result")
+                continue
+            chosen[method] = grids[method][int(np.nanargmax(scores))]
             shown = ", ".join(f"{value:.2f}" for value in scores)
-            print(f"{name} {method}: {' '.join(words(flags))}  (scores: {shown})", flush=True)
-        if method not in found:
-            started[method] = flags, cluster.start(f"{name}_{method}", study, method, flags | reused, seeds)
+            print(f"{name} {method}: {' '.join(words(chosen[method]))}  (scores: {shown})", flush=True)
+        flags = chosen[method]
+        started[method] = flags, cluster.start(f"{name}_{method}", study, method, flags, seeds, reused)
     for method, (flags, run) in started.items():
         found[method] = flags, cluster.get(run)
-    return {method: found[method] for method in grids if found[method][1] is not None}
+    return {method: found[method] for method in grids if method in found and found[method][1] is not None}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -592,17 +598,16 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
 def read(study: Study, method: str, path: Path) -> Rows:
     """A row per method, perturbation, level and seed of a run's result."""
     rows = []
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            found = {"script": study.scripts.get(method, study.script), "env_id": row.pop("env_id", "")}
-            found["method"] = study.label(row, method) if study.label else method
-            policy = row.pop("policy", None)  # traffic: the trained lights, or a fixed cycle
-            if policy == "fixed_time":
-                found["method"] = policy
-            found |= {"perturbation": row.pop("perturbation", study.result.level or "training")}
-            found |= {"level": row.pop(study.result.level, "0.0"), "seed": row.pop("seed")}
-            own = ("regularizer", "method", "num_agents", "standard_error", "episodes")
-            rows.append(found | {k: v for k, v in row.items() if k not in own})
+    for row in read_rows(path):
+        found = {"script": study.scripts.get(method, study.script), "env_id": row.pop("env_id", "")}
+        found["method"] = study.label(row, method) if study.label else method
+        policy = row.pop("policy", None)  # traffic: the trained lights, or a fixed cycle
+        if policy == "fixed_time":
+            found["method"] = policy
+        found |= {"perturbation": row.pop("perturbation", study.result.level or "training")}
+        found |= {"level": row.pop(study.result.level, "0.0"), "seed": row.pop("seed")}
+        own = ("regularizer", "method", "num_agents", "standard_error", "episodes")
+        rows.append(found | {k: v for k, v in row.items() if k not in own})
     return rows
 
 
@@ -671,83 +676,158 @@ def judge(name: str, study: Study, tables: dict[str, Table]) -> Rows:
             gains = np.array(pairs[0]) - np.array(pairs[1])  # [levels, seeds]
             mean, half, (low, high) = gains.mean(), interval(gains.mean(0)), bootstrap(gains)
             verdict = "better" if mean > half else "worse" if mean < -half else "no difference"
+            if np.isnan(half):
+                verdict = "a single seed"
             row = {"study": name, "method": better, "compared_with": worse, "perturbation": family, "mean": mean}
             row |= {"interval95": half, "iqm": iqm(gains.reshape(-1)), "iqm_low": low, "iqm_high": high}
             rows.append(row | {"seeds": gains.shape[1], "verdict": verdict})
     return rows
 
 
-def draw(name: str, study: Study, tables: dict[str, Table], path: Path) -> None:
-    """Mean and 95% interval against the level of every perturbation shown, and the performance profile: the share of
-    seeds and levels, perturbed ones, at which a method has at least this value."""
+METHODS = {  # colour, and name in a legend with the paper's
+    "none": ("C0", "none: the plain algorithm"),
+    "gaussian": ("C1", "gaussian: the paper's noise baseline"),
+    "random": ("C2", "random: a direction of equal length"),
+    "adversarial": ("C3", "adversarial: ERNIE without Stackelberg"),
+    "stackelberg": ("C4", "stackelberg: ERNIE"),
+    "ernie_a": ("C5", "ERNIE-A"),
+    "raw_gaussian": ("C8", "gaussian, ball in raw units"),
+    "raw_stackelberg": ("C6", "stackelberg: ERNIE, ball in raw units"),
+    "maddpg": ("C9", "MADDPG"),
+    "m3ddpg": ("C5", "M3DDPG"),
+    "rma3c": ("C7", "RMA3C"),
+}
+PERTURBATIONS = {  # what an axis shows
+    "gaussian": "Gaussian noise on observations, standard deviation",
+    "mad": "worst-case observations, radius",
+    "flip_one": "one light does the opposite, probability",
+    "speed": "speed of the cars, m/s",
+    "flow": "flow of cars, of the paper's table 1",
+    "network": "lights set up in another network",
+    "eta": "risk aversion of new agents",
+    "q": "Q of the test game",
+}
+VALUES = {
+    "return": "return of an agent",
+    "reward": "reward of all lights in a second",
+    "welfare": "equality x productivity",
+    "planner_reward": "reward of the planner in a step",
+}
+
+
+def style(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and name of each method: those of METHODS, or the colour of its place."""
+    return {method: METHODS.get(method, (f"C{k}", method)) for k, method in enumerate(methods)}
+
+
+def draw_levels(axis, curves: dict[str, np.ndarray], levels: list[str], styles: dict, is_ordered: bool) -> None:
+    """Mean and 95% interval over seeds of curves [levels, seeds]: lines with bands, or points where levels have no
+    order."""
+    for k, (method, values) in enumerate(curves.items()):
+        color, label = styles[method]
+        mean, half = values.mean(1), interval(values.T)
+        x = np.arange(len(mean))
+        if is_ordered:
+            axis.plot(x, mean, "o-", color=color, markersize=3, label=label)
+            axis.fill_between(x, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
+        else:
+            x = x + 0.08 * (k - (len(curves) - 1) / 2)
+            axis.errorbar(x, mean, half, fmt="o", color=color, markersize=3, capsize=2, label=label)
+    axis.set_xticks(range(len(levels)), levels)
+    axis.grid(alpha=0.3)
+
+
+def draw(name: str, study: Study, tables: dict[str, Table]) -> Figure:
+    """Under every perturbation shown the value of each method and, below, its difference to the first one, paired by
+    seed."""
     tables = {method: table for method, table in tables.items() if method != "fixed_time"}
-    every = next(iter(tables.values()))
-    agents = [a for a in dict.fromkeys(agent for agent, *_ in every) if a != "mean"] or [""]
-    families = [family for family in study.shown if any(f == family for _, f, _ in every)]
-    panels = [(agent, family) for agent in agents for family in families]
-    down = -(-(len(panels) + 1) // 4)
-    across = -(-(len(panels) + 1) // down)
-    figure = Figure(figsize=(4.6 * across, 3.6 * down), layout="constrained")
-    axes = list(figure.subplots(down, across, squeeze=False).flat)
-    for axis, (agent, family) in zip(axes, panels):
-        for k, (method, table) in enumerate(tables.items()):
-            points = {level: v for (a, f, level), v in table.items() if a == agent and f in ("clean", family)}
-            shift = 0.05 * (k - (len(tables) - 1) / 2)
-            x, halves = np.arange(len(points)) + shift, [interval(v) for v in points.values()]
-            line = "o" if family in ("flow", "network") else "o-"
-            axis.errorbar(x, [v.mean() for v in points.values()], halves, fmt=line, ms=3, capsize=2, label=method)
-        axis.set_xticks(
-            range(len(points)), ["clean" if x == "0.0" and family != "q" else x for x in points], fontsize=8
-        )
-        axis.set(title=f"{family} {agent}".strip(), ylabel=study.result.value)
-        axis.grid(alpha=0.3)
-    profile = axes[len(panels)]
-    for method, table in tables.items():
-        values = np.sort(np.concatenate([v for family in families for v in cells(study, table, family)]))
-        profile.step(values, 1 - np.arange(len(values)) / len(values), where="post", label=method)
-    profile.set(title="performance profile", xlabel=study.result.value, ylabel="share of seeds and levels at or above")
-    profile.grid(alpha=0.3)
-    profile.legend(fontsize=7)
-    for axis in axes[len(panels) + 1 :]:
-        axis.remove()
-    seeds = {len(v) for table in tables.values() for v in table.values()}
+    first = next(iter(tables))
+    agents = [agent for agent in dict.fromkeys(agent for agent, *_ in tables[first]) if agent != "mean"] or [""]
+    panels = []
+    for agent in agents:
+        for family in study.shown:
+            levels = [level for a, f, level in tables[first] if a == agent and f in ("clean", family)]
+            if len(levels) > 1:
+                panels.append((agent, family, levels))
+    across = 2 if len(panels) in (2, 4) else max(1, min(3, len(panels)))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(max(6.5, 4.2 * across), 4.8 * down + 0.8), layout="constrained")
+    axes = figure.subplots(2 * down, across, squeeze=False)
+    styles = style(list(tables))
+    for k in range(down * across):
+        row, column = 2 * (k // across), k % across
+        value_axis, gain_axis = axes[row, column], axes[row + 1, column]
+        if k >= len(panels):
+            value_axis.remove()
+            gain_axis.remove()
+            continue
+        agent, family, levels = panels[k]
+        curves = {}
+        for method, table in tables.items():
+            points = [v for (a, f, _), v in table.items() if a == agent and f in ("clean", family)]
+            if len(points) == len(levels):
+                curves[method] = np.array(points)
+        gains = {m: values - curves[first] for m, values in curves.items() if values.shape == curves[first].shape}
+        labels = ["clean" if level == "0.0" and family not in ("q", "eta") else level for level in levels]
+        is_ordered = family not in ("flow", "network")
+        draw_levels(value_axis, curves, labels, styles, is_ordered)
+        draw_levels(gain_axis, gains, labels, styles, is_ordered)
+        gain_axis.set_xlabel(PERTURBATIONS[family])
+        value_axis.set_title(agent, fontsize=10)
+        if column == 0:
+            value_axis.set_ylabel(VALUES[study.result.value], fontsize=9)
+            gain_axis.set_ylabel(f"less {first}, paired", fontsize=9)
+    handles = {}
+    for axis in figure.axes:
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=max(2, across), fontsize=9)
+    seeds = {len(values) for table in tables.values() for values in table.values()}
     figure.suptitle(f"{name}: mean and 95% interval over {max(seeds)} seeds")
-    figure.savefig(path, dpi=100)
+    return figure
 
 
-def draw_percentiles(study: Study, tables: dict[str, Table], path: Path) -> None:
+def draw_percentiles(study: Study, tables: dict[str, Table]) -> Figure:
     """The seeds' values in order, as in ERNIE's Figures 5a and 5b."""
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    tables = {method: table for method, table in tables.items() if method != "fixed_time"}
+    styles = style(list(tables))
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
     for axis, point in zip(figure.subplots(1, len(study.percentiles)), study.percentiles):
         for method, table in tables.items():
             values = np.sort(table.get(("", *point), np.array([])))
-            if method != "fixed_time":
-                x = 100 * (np.arange(len(values)) + 0.5) / len(values)
-                axis.plot(x, values, marker="o", markersize=3, label=method)
+            x = 100 * (np.arange(len(values)) + 0.5) / len(values)
+            color, label = styles[method]
+            axis.plot(x, values, marker="o", markersize=3, color=color, label=label)
         axis.set(title=" ".join(point), xlabel="percentile of seeds")
         axis.grid(alpha=0.3)
-    figure.axes[0].set_ylabel(study.result.value)
-    figure.axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.axes[0].set_ylabel(VALUES[study.result.value])
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=9)
+    return figure
 
 
 def report(name: str, found: dict[str, tuple[Flags, Path]], args: Args) -> None:
-    """Everything that a study leaves in the folder of results."""
-    study, folder = STUDIES[name], args.results_dir
+    """The table of a study, and what is made of it."""
+    study = STUDIES[name]
     every = {method: read(study, method, path) for method, (_, path) in found.items()}
-    methods = list(dict.fromkeys(row["method"] for rows in every.values() for row in rows))
     first = next(iter(every))  # a fixed cycle of lights is in the results of every run
     rows = [row for m, rows in every.items() for row in rows if row["method"] != "fixed_time" or m == first]
-    tables = {method: table_of(rows, method, study.result.value) for method in methods}
-    runs.write_rows(folder / f"{name}.csv", rows)
-    runs.write_rows(folder / f"{name}_summary.csv", summarise(study, tables))
+    runs.write_rows(args.results_dir / f"{name}.csv", rows)
     if study.picture:
         paths = {method: path for method, (_, path) in found.items()}
-        study.picture(every, paths).savefig(folder / f"{name}.png", dpi=110)
-    else:
-        draw(name, study, tables, folder / f"{name}.png")
+        study.picture(every, paths).savefig(args.results_dir / f"{name}.png", dpi=110)
+    publish(name, rows, args)
+
+
+def publish(name: str, rows: Rows, args: Args) -> None:
+    """Summary, pictures and verdicts from the table of a study."""
+    study, folder = STUDIES[name], args.results_dir
+    methods = dict.fromkeys(row["method"] for row in rows)
+    tables = {method: table_of(rows, method, study.result.value) for method in methods}
+    runs.write_rows(folder / f"{name}_summary.csv", summarise(study, tables))
+    if not study.picture:
+        draw(name, study, tables).savefig(folder / f"{name}.png", dpi=100)
     if study.percentiles:
-        draw_percentiles(study, tables, folder / f"{name}_percentiles.png")
+        draw_percentiles(study, tables).savefig(folder / f"{name}_percentiles.png", dpi=100)
     verdicts, path = judge(name, study, tables), folder / "verdicts.csv"
     print(f"\n{name}. The paper: {study.text}.")
     for row in verdicts:
@@ -755,10 +835,14 @@ def report(name: str, found: dict[str, tuple[Flags, Path]], args: Args) -> None:
         print(line.format_map(row), flush=True)
     kept = []
     if path.exists():
-        with open(path, newline="") as file:
-            kept = [row for row in csv.DictReader(file) if row["study"] != name]
+        kept = [row for row in read_rows(path) if row["study"] != name and row["study"] in STUDIES]
     if kept or verdicts:
         runs.write_rows(path, sorted(kept + verdicts, key=lambda row: list(STUDIES).index(row["study"])))
+
+
+def read_rows(path: Path) -> Rows:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -856,6 +940,12 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise PermissionError(f"cannot write into {folder}")
+    if args.redraw:
+        for name in names:
+            with runs.exits(2, OSError):
+                rows = read_rows(args.results_dir / f"{name}.csv")
+            publish(name, rows, args)
+        return
     failures = []
     if names:
         cluster = Cluster(args)

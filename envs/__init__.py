@@ -132,6 +132,12 @@ def for_env(action: Tensor, env: Env) -> Tensor:
     return action.argmax(-1) if env.discrete else action
 
 
+def team_mean(x: Tensor, env: Env) -> Tensor:
+    """Mean over cooperating agents, [..., N] -> [...]. By a mask: an index of booleans waits for the device."""
+    weight = env.cooperators.to(x.dtype)
+    return (x * weight).sum(-1) / weight.sum()
+
+
 @torch.no_grad()
 def write_gif(env: Env, act: Callable, generators: list[torch.Generator], path) -> None:
     """An episode of the first environment under `act`, obs [S, N, B, O] -> action [S, N, B, A]. An environment may name
@@ -154,6 +160,13 @@ def save_gif(path, frames: list[np.ndarray], duration: int = 100) -> None:
     first, *others = map(Image.fromarray, frames)
     with runs.written(path, "wb") as file:
         first.save(file, "GIF", save_all=True, append_images=others, duration=duration, loop=0)
+
+
+def new_figure(width: float, height: float):
+    """An empty matplotlib figure, in inches."""
+    from matplotlib.figure import Figure  # slow to import
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 # ---------------------------------------------------------------- speed

@@ -31,11 +31,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from envs import Frozen, print_speed, runs, save_gif
+from envs import Frozen, new_figure, print_speed, runs, save_gif
 from envs.perturb import random_actions
 from envs.robustness import half_interval as interval
 
@@ -457,9 +456,9 @@ def print_tables(results: list[dict], games: list[dict]) -> None:
         print(f"  {name:56s}" + cells(group["planner_reward"], 2))
 
 
-def plot(results: list[dict], games: list[dict]) -> Figure:
-    """Rewards, regret and test games of every setting."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
+def plot(results: list[dict], games: list[dict]):
+    """A figure of rewards, regret and test games of every setting."""
+    figure = new_figure(13, 4)
     rewards, regrets, tests = figure.subplots(1, 3)
     plot_rewards(rewards, results)
     plot_regret(regrets, results)

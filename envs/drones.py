@@ -38,11 +38,10 @@ from typing import ClassVar
 import numpy as np
 import torch
 import tyro
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from envs import Frozen, by_agent, for_env, print_speed, runs, save_gif
+from envs import Frozen, by_agent, for_env, new_figure, print_speed, runs, save_gif
 
 MASS = 0.027  # kg; this and the next from cf2x.urdf
 GRAVITY = 9.8  # m/s^2
@@ -838,7 +837,7 @@ def plot_distances(env: Drones, act: Callable, generators: list[torch.Generator]
     distances = torch.stack(seen).cpu().numpy()  # [T, B, N]
     low, middle, high = np.quantile(distances, (0.1, 0.5, 0.9), axis=1)  # [T, N]
     seconds = np.arange(1, env.horizon + 1) / env.control_hz
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = new_figure(7, 4)
     axis = figure.subplots()
     for n, name in enumerate(env.agents):
         target = env.agents[0] if n else "waypoint"

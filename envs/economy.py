@@ -38,11 +38,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from envs import print_speed, runs, save_gif
+from envs import new_figure, print_speed, runs, save_gif
 from envs.robustness import half_interval
 
 STONE, WOOD = 0, 1
@@ -1168,7 +1167,7 @@ def report(
     rates = {"training": training["rates"]}
     for q, eta in enumerate(etas):
         rates[f"eta {eta:g}"] = tests["rates"][q]
-    figure = Figure(figsize=(17, 3.8), layout="constrained")
+    figure = new_figure(17, 3.8)
     welfare, parts, schedule, income = figure.subplots(1, 4)
     plot_welfare(welfare, etas, table["welfare"], env.eta.item())
     plot_parts(parts, etas, table)

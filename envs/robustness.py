@@ -18,12 +18,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from scipy import stats
+from scipy.special import stdtrit  # scipy.stats is slow to import
 from torch import Tensor
 from tqdm import tqdm
 
-from envs import Env, by_agent, for_env, make_generators, per_seed, perturb, runs, traffic
+from envs import Env, by_agent, for_env, make_generators, new_figure, per_seed, perturb, runs, traffic
 
 Generators = list[torch.Generator]  # one per seed
 Table = dict[str, dict[float, tuple[float, float]]]  # perturbation -> strength -> (mean, half of its 95% interval)
@@ -191,7 +190,9 @@ def sweep(
 def half_interval(values: np.ndarray) -> np.ndarray:
     """Half of the 95% t-interval of the mean over seeds, the first axis of [K, ...]: [...], NaN for one seed."""
     K = len(values)
-    return stats.t.ppf(0.975, K - 1) * stats.sem(values) if K > 1 else np.full(values.shape[1:], math.nan)[()]
+    if K == 1:
+        return np.full(values.shape[1:], math.nan)[()]
+    return stdtrit(K - 1, 0.975) * values.std(0, ddof=1) / K**0.5
 
 
 def interval(rows: list[dict], name: str = "return") -> tuple[float, float]:
@@ -200,7 +201,8 @@ def interval(rows: list[dict], name: str = "return") -> tuple[float, float]:
     if len(rows) > 1:
         return returns.mean(), half_interval(returns)
     error, count = rows[0]["standard_error"], rows[0]["episodes"]
-    return returns.mean(), stats.t.ppf(0.975, count - 1) * error if count > 1 else math.nan
+    half = stdtrit(count - 1, 0.975) * error if count > 1 else math.nan
+    return returns.mean(), half
 
 
 def summarise(rows: list[dict]) -> dict[str, Table]:
@@ -252,14 +254,14 @@ def log_report(rows: list[dict], run: runs.Run, name: str) -> None:
     runs.finish_wandb(run, {name: tables}, {f"{name}_plot": run.dir / f"{name}.png"})
 
 
-def plot(tables: dict[str, Table], env: Env, title: str) -> Figure:
-    """Return against strength, a panel per perturbation, what was trained at strength 0 or, of dynamics, factor 1, of
-    scenarios what the environment says."""
+def plot(tables: dict[str, Table], env: Env, title: str):
+    """A figure of return against strength, a panel per perturbation; training was at strength 0 or, of dynamics, factor
+    1, of scenarios what the environment says."""
     dynamics, scenarios = getattr(env, "dynamics", ()), getattr(env, "scenarios", {})
     first = next(iter(tables.values()))
     names = [name for name in first if name != "clean"]
     height = max(1, math.ceil(len(names) / 5))
-    figure = Figure(figsize=(13, 2.7 * height), layout="constrained")
+    figure = new_figure(13, 2.7 * height)
     axes = figure.subplots(height, 5, squeeze=False).flatten()
     for name, axis in zip(names, axes):
         for agent, table in tables.items():
@@ -404,10 +406,11 @@ def report_lights(
     log_report([row | {"strength": str(row["strength"])} for row in rows], run, name)
 
 
-def plot_lights(table: dict[tuple, dict[str, list[dict]]], title: str) -> Figure:
-    """Reward at each strength, a panel per perturbation, the fixed-time signal beside it where it meets the change."""
+def plot_lights(table: dict[tuple, dict[str, list[dict]]], title: str):
+    """A figure of the reward at each strength, a panel per perturbation, beside it the fixed-time signal where it meets
+    the change."""
     perturbations = list(dict.fromkeys(name for name, _ in table if name != "clean"))
-    figure = Figure(figsize=(13, 5.4), layout="constrained")
+    figure = new_figure(13, 5.4)
     for place, perturbation in enumerate(perturbations):
         axis = figure.add_subplot(2, 5, place + 1)
         points = [point for point in table if point[0] == perturbation]

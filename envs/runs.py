@@ -12,6 +12,7 @@ import contextlib
 import csv
 import fcntl
 import io
+import json
 import math
 import os
 import signal
@@ -109,7 +110,7 @@ def reporting(folder: Path) -> Iterator[None]:
         return f"repeat the report with --evaluate {folder}"
 
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    failures = (OSError, MemoryError, torch.OutOfMemoryError)
+    failures = (OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError)
     try:
         with exits(1, *failures, hint=hint), exits(130, KeyboardInterrupt, hint=hint):
             yield
@@ -124,8 +125,10 @@ def check_memory(env, args) -> None:
     hidden = getattr(args, "hidden_size", 64)
     steps = getattr(args, "rollout_steps", env.horizon)
     sample = N * (O + A) + 8 * hidden  # numbers that the networks of an agent hold for one
+    rollout = args.num_envs * steps * N * (O + A)
     needs = {
-        "--num-envs": 3 * args.num_envs * steps * N * (O + A),
+        "--num-envs": 3 * rollout,
+        "--eval-eta": 2 * len(getattr(args, "eval_eta", ())) * rollout,  # of the economy's test, all at once
         "--buffer-size": min(getattr(args, "buffer_size", 0), getattr(args, "total_timesteps", 0)) * N * (O + A),
         "--batch-size": getattr(args, "batch_size", 0) * N * sample,
         "--eval-episodes": getattr(args, "eval_episodes", 0) * N * sample,
@@ -240,8 +243,10 @@ def parse_args(kind: type, doc: str, presets: dict[str, dict] | None = None) -> 
         preset = (presets or {}).get(given.preset)
         return cli(default=kind(**preset)) if preset else cli(), {}
     if path.is_dir():
-        is_trained = given.evaluate and (path / "policy.pt").exists()
-        path = path / ("policy.pt" if is_trained else "checkpoint.pt")
+        trained, path = path / "policy.pt", path / "checkpoint.pt"
+        if given.evaluate and trained.exists():
+            if not path.exists() or path.stat().st_mtime_ns <= trained.stat().st_mtime_ns:  # else it was made longer
+                path = trained
     checkpoint = load(path)
     saved, known = checkpoint["args"], {f.name for f in fields(kind)}
     if unknown := saved.keys() - known:
@@ -252,7 +257,7 @@ def parse_args(kind: type, doc: str, presets: dict[str, dict] | None = None) -> 
     args = cli(default=saved)
     for name, value in asdict(args).items():
         before, flag = getattr(saved, name), f"--{name.replace('_', '-')}"
-        if value != before and not (name in CHANGEABLE or name.startswith("eval_")):
+        if value != before and not (name in CHANGEABLE or name in new or name.startswith("eval_")):
             raise ValueError(f"{flag} must be {before} as in {path}, got {value}")
         if name in LONGER and value < before:
             raise ValueError(f"{flag} must be at least {before} as in {path}, got {value}")
@@ -364,6 +369,7 @@ def start_wandb(run: Run, args) -> None:
     """A Weights & Biases run per label, grouped by run name: offline if online fails, none if that fails too. A run
     that goes on logs its earlier rows again, so that its record has no gap."""
     modes = {"online": ["online", "offline"], "offline": ["offline"], "disabled": []}
+    config = json.loads((run.dir / "args.json").read_text())  # arguments, git commit and versions
     for mode in modes[args.wandb_mode]:
         try:
             import wandb  # slow to import, and may be absent
@@ -375,7 +381,9 @@ def start_wandb(run: Run, args) -> None:
             )
             for k, label in enumerate(run.labels):
                 name = f"{run.dir.name}__run{k}__seed{label['seed']}"
-                run.wandb_runs.append(init(name=name, id=name, config=asdict(args) | label))
+                wandb_run = init(name=name, id=name, config=config | label)
+                wandb_run.define_metric("eval/*", summary="last,max")
+                run.wandb_runs.append(wandb_run)
             break
         except Exception as error:
             print(f"wandb ({mode}) is left out: {error!r}", file=sys.stderr)

@@ -133,7 +133,9 @@ class ZooEnv:
         self.num_agents = len(self.agents)
         self.horizon = self.horizon or getattr(first.unwrapped, "max_cycles", None)
         if self.horizon is None:
-            raise ValueError(f"{self.env_id} has no max_cycles: give horizon, the number of steps of an episode")
+            raise ValueError(
+                f"{self.env_id} needs an attribute max_cycles, steps of an episode (or give horizon in Python)"
+            )
         unknown = set(self.team or ()) - set(self.agents)
         if unknown or (self.team is not None and not self.team):
             raise ValueError(f"cooperators must be some of {', '.join(self.agents)}, got {list(self.team)}")

@@ -785,13 +785,15 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         index = load_index(kind, folder)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"{folder}: index.json cannot be read: {error}", file=sys.stderr)
         return 2
     failed = 0
     for path in files:
         try:
             errors = function(path, index)
+            if not errors:
+                raise ValueError("nothing in it is compared")
         except Exception as error:  # noqa: BLE001 (whatever is wrong with a file, the others are still replayed)
             print(f"FAIL {path.name}: cannot be replayed: {type(error).__name__}: {error}")
             failed += 1

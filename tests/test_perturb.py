@@ -102,3 +102,10 @@ def test_wrong_settings():
         perturb.replace_actions(env, action, action, 1.5, generators(0))
     with pytest.raises(ValueError, match="multiple of the 3 generators"):
         perturb.random_actions(env, generators(0, 1, 2))
+
+
+def test_mean_over_the_team():
+    env = envs.make("simple_tag_v3", 2, DEVICE)
+    x = torch.randn(5, env.num_agents, device=DEVICE)
+    assert not env.cooperators.all()
+    torch.testing.assert_close(envs.team_mean(x, env), x[:, env.cooperators].mean(1))

@@ -108,9 +108,9 @@ def test_scripts_import_no_script():
             assert not names & set(modules), f"{path.name} imports another script"
 
 
-def test_the_readme_names_functions_that_exist():
+def test_the_documentation_names_functions_that_exist():
     """In its table from paper equation to function."""
-    text = (ROOT / "README.md").read_text().split("## From paper equation to function")[1].split("\n## ")[0]
+    text = (ROOT / "docs/paper_to_code.md").read_text().split("## From paper equation to function")[1].split("\n## ")[0]
     names = set(re.findall(r"`(?:robustness\.|envs\.perturb\.)?([a-z_]+)`", text))
     paths = [*ROOT.glob("*.py"), *ROOT.glob("envs/*.py")]
     defined = {node.name for path in paths for node in ast.walk(ast.parse(path.read_text())) if hasattr(node, "name")}
