@@ -127,8 +127,7 @@ def check_memory(env, args) -> None:
     sample = N * (O + A) + 8 * hidden  # numbers that the networks of an agent hold for one
     rollout = args.num_envs * steps * N * (O + A)
     needs = {
-        "--num-envs": 3 * rollout,
-        "--eval-eta": 2 * len(getattr(args, "eval_eta", ())) * rollout,  # of the economy's test, all at once
+        "--num-envs": (3 + 2 * len(getattr(args, "eval_eta", ()))) * rollout,  # the economy tests all eta at once
         "--buffer-size": min(getattr(args, "buffer_size", 0), getattr(args, "total_timesteps", 0)) * N * (O + A),
         "--batch-size": getattr(args, "batch_size", 0) * N * sample,
         "--eval-episodes": getattr(args, "eval_episodes", 0) * N * sample,
