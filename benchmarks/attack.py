@@ -102,7 +102,7 @@ def load_run(run_dir: Path) -> tuple:
         script = importlib.import_module(name)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ValueError(f"{run_dir} is no folder of a run: {error}") from None
-    path = folder / "policy.pt" if (folder / "policy.pt").exists() else folder / "checkpoint.pt"
+    path = runs.trained_file(folder)
     checkpoint = runs.load(path)
     try:
         return script, script.Args(**checkpoint["args"]), checkpoint

@@ -25,7 +25,6 @@ A run that finished with the same flags and seeds is found in `--runs-dir` and n
 on from its last checkpoint. A run that fails is reported at the end and left out; the others go on.
 """
 
-import csv
 import ctypes
 import hashlib
 import os
@@ -251,10 +250,9 @@ def game_payoffs(axis, players: list[int]) -> None:
 def game_curves(axis, path: Path, metric: str) -> None:
     """Learning curves from metrics.csv beside `path`, a line per beta, with standard errors over seeds."""
     curves: dict[float, dict[int, list[float]]] = {}
-    with open(path.with_name("metrics.csv"), newline="") as file:
-        for row in csv.DictReader(file):
-            steps = curves.setdefault(float(row["beta"]), {})
-            steps.setdefault(int(row["global_step"]), []).append(float(row[metric]))
+    for row in runs.read_rows(path.with_name("metrics.csv")):
+        steps = curves.setdefault(float(row["beta"]), {})
+        steps.setdefault(int(row["global_step"]), []).append(float(row[metric]))
     for beta, steps in sorted(curves.items()):
         values = np.array(list(steps.values()))  # [steps, K]
         mean, error = values.mean(1), stats.sem(values, 1)
@@ -587,8 +585,9 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
         flags = chosen[method]
         started[method] = flags, cluster.start(f"{name}_{method}", study, method, flags, seeds, reused)
     for method, (flags, run) in started.items():
-        found[method] = flags, cluster.get(run)
-    return {method: found[method] for method in grids if method in found and found[method][1] is not None}
+        if path := cluster.get(run):
+            found[method] = flags, path
+    return {method: found[method] for method in grids if method in found}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -598,7 +597,7 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
 def read(study: Study, method: str, path: Path) -> Rows:
     """A row per method, perturbation, level and seed of a run's result."""
     rows = []
-    for row in read_rows(path):
+    for row in runs.read_rows(path):
         found = {"script": study.scripts.get(method, study.script), "env_id": row.pop("env_id", "")}
         found["method"] = study.label(row, method) if study.label else method
         policy = row.pop("policy", None)  # traffic: the trained lights, or a fixed cycle
@@ -740,7 +739,6 @@ def draw_levels(axis, curves: dict[str, np.ndarray], levels: list[str], styles: 
 def draw(name: str, study: Study, tables: dict[str, Table]) -> Figure:
     """Under every perturbation shown the value of each method and, below, its difference to the first one, paired by
     seed."""
-    tables = {method: table for method, table in tables.items() if method != "fixed_time"}
     first = next(iter(tables))
     agents = [agent for agent in dict.fromkeys(agent for agent, *_ in tables[first]) if agent != "mean"] or [""]
     panels = []
@@ -788,7 +786,6 @@ def draw(name: str, study: Study, tables: dict[str, Table]) -> Figure:
 
 def draw_percentiles(study: Study, tables: dict[str, Table]) -> Figure:
     """The seeds' values in order, as in ERNIE's Figures 5a and 5b."""
-    tables = {method: table for method, table in tables.items() if method != "fixed_time"}
     styles = style(list(tables))
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     for axis, point in zip(figure.subplots(1, len(study.percentiles)), study.percentiles):
@@ -824,10 +821,11 @@ def publish(name: str, rows: Rows, args: Args) -> None:
     methods = dict.fromkeys(row["method"] for row in rows)
     tables = {method: table_of(rows, method, study.result.value) for method in methods}
     runs.write_rows(folder / f"{name}_summary.csv", summarise(study, tables))
+    learnt = {method: table for method, table in tables.items() if method != "fixed_time"}
     if not study.picture:
-        draw(name, study, tables).savefig(folder / f"{name}.png", dpi=100)
+        draw(name, study, learnt).savefig(folder / f"{name}.png", dpi=100)
     if study.percentiles:
-        draw_percentiles(study, tables).savefig(folder / f"{name}_percentiles.png", dpi=100)
+        draw_percentiles(study, learnt).savefig(folder / f"{name}_percentiles.png", dpi=100)
     verdicts, path = judge(name, study, tables), folder / "verdicts.csv"
     print(f"\n{name}. The paper: {study.text}.")
     for row in verdicts:
@@ -835,14 +833,9 @@ def publish(name: str, rows: Rows, args: Args) -> None:
         print(line.format_map(row), flush=True)
     kept = []
     if path.exists():
-        kept = [row for row in read_rows(path) if row["study"] != name and row["study"] in STUDIES]
+        kept = [row for row in runs.read_rows(path) if row["study"] != name and row["study"] in STUDIES]
     if kept or verdicts:
         runs.write_rows(path, sorted(kept + verdicts, key=lambda row: list(STUDIES).index(row["study"])))
-
-
-def read_rows(path: Path) -> Rows:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -943,7 +936,7 @@ def main() -> None:
     if args.redraw:
         for name in names:
             with runs.exits(2, OSError):
-                rows = read_rows(args.results_dir / f"{name}.csv")
+                rows = runs.read_rows(args.results_dir / f"{name}.csv")
             publish(name, rows, args)
         return
     failures = []

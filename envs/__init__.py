@@ -51,8 +51,8 @@ class Env(Protocol):
     def render(self, state: Any, index: int) -> np.ndarray: ...  # RGB picture of one environment
 
 
-class Frozen:
-    """What frozen dataclasses that describe environments have in common."""
+class Description:
+    """What dataclasses that describe environments have in common; most are frozen."""
 
     def _set(self, **values):
         for name, value in values.items():

@@ -34,7 +34,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from envs import Frozen, new_figure, print_speed, runs, save_gif
+from envs import Description, new_figure, print_speed, runs, save_gif
 from envs.perturb import random_actions
 from envs.robustness import half_interval as interval
 
@@ -80,7 +80,7 @@ class State:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Bimatrix(Frozen):
+class Bimatrix(Description):
     """A description without state; `dataclasses.replace(env, q=0.5)` is the same game with another q.
 
     `planner_observes` is off by default: a planner that sees the position can answer each square as it comes. Blind, it

@@ -41,7 +41,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from envs import Frozen, by_agent, for_env, new_figure, print_speed, runs, save_gif
+from envs import Description, by_agent, for_env, new_figure, print_speed, runs, save_gif
 
 MASS = 0.027  # kg; this and the next from cf2x.urdf
 GRAVITY = 9.8  # m/s^2
@@ -290,7 +290,7 @@ TASKS = {
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Drones(Frozen):
+class Drones(Description):
     """A description without state; `dataclasses.replace(env, mass=0.03)` is the same task with heavier drones. Fields
     typed `float | Tensor` take a number or a value per environment [B]; controllers and the meaning of actions know the
     nominal drone only."""

@@ -41,7 +41,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from envs import new_figure, print_speed, runs, save_gif
+from envs import Description, new_figure, print_speed, runs, save_gif
 from envs.robustness import half_interval
 
 STONE, WOOD = 0, 1
@@ -159,7 +159,7 @@ def age_of(key: Tensor) -> Tensor:
 
 
 @dataclass(eq=False)
-class Economy:
+class Economy(Description):
     """A description without state; `dataclasses.replace(env, eta=0.3)` is the same game with more risk-averse agents
     (assign nothing: constant tensors follow from the fields once, in `__post_init__`).
 
@@ -300,11 +300,11 @@ class Economy:
         if self.num_envs % len(generators):
             raise ValueError(f"num_envs must be a multiple of the {len(generators)} generators, got {self.num_envs}")
         N = self.num_agents
-        order, payment, bonus = self._uniform(generators, 3 * N).split(N)
+        order, payment, bonus = self._block(torch.rand, generators, 3 * N).split(N)
         bonus = (torch.exp(-torch.log(1 - bonus) / 3) - 1).clamp_max(2) / 2  # min(2, Pareto(3)) / 2
         if self.corners is None:
             payment = 10 * (2 * torch.exp(-torch.log(1 - payment) / 4) - 1).clamp_max(3)  # 10 min(3, 2 Pareto(4) + 1)
-            lots = self._uniform(generators, len(self.start))
+            lots = self._block(torch.rand, generators, len(self.start))
             position = torch.where(self.land, lots, -1).topk(N, 0).indices
         else:
             rank = self.ranks(order).long()
@@ -367,13 +367,7 @@ class Economy:
         """The random numbers of one step, uniform [2 N + S, B]: agents move in the order of the first N; the next N let
         an agent collect a second unit if below `bonus`, and S let a source (stone first, row by row) refill if below
         `regrowth`. For Saez come random rates, one per bracket."""
-        return self._uniform(generators, self.noise_rows)
-
-    def _uniform(self, generators: list[torch.Generator], rows: int) -> Tensor:
-        """[rows, B] uniform numbers, the k-th block of environments from generator k."""
-        size = self.num_envs // len(generators)
-        blocks = [torch.rand(rows, size, generator=g, device=g.device, dtype=self.dtype) for g in generators]
-        return torch.cat(blocks, 1).to(self.device)
+        return self._block(torch.rand, generators, self.noise_rows)
 
     def step(self, state: State, action: Tensor, noise: Tensor | None = None, planner_action: Tensor | None = None):
         """action [B, N] (see `valid_actions`), noise from `draw` (None: agents move in the order of their indices,

@@ -90,7 +90,8 @@ def stop_signals() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def training(folder: Path) -> Iterator[None]:
-    """Inside, only this process is at work in the run's folder; what ends it early is a line that says how to go on."""
+    """Inside, only this process is at work in the run's folder; what ends it early is a line that says how to go on. A
+    policy.pt that is there goes: a run that is made longer will have another one."""
 
     def hint() -> str:
         is_saved = (folder / "checkpoint.pt").exists()
@@ -98,6 +99,7 @@ def training(folder: Path) -> Iterator[None]:
 
     failures = (OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError)
     with exits(2, Busy), locked(folder), exits(1, *failures, hint=hint):
+        (folder / "policy.pt").unlink(missing_ok=True)
         with exits(130, KeyboardInterrupt, hint=hint):
             yield
 
@@ -177,6 +179,12 @@ def write_rows(path: str | Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
+def read_rows(path: str | Path) -> list[dict[str, str]]:
+    """What `write_rows` wrote, as text."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Only one process at a time is in here for this folder: raise Busy if another one is. Leftovers of one that
@@ -197,6 +205,12 @@ def locked(folder: Path) -> Iterator[None]:
 def folder(path: str) -> Path:
     """The run's folder: `path` is it, or a file in it."""
     return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
+def trained_file(folder: Path) -> Path:
+    """What holds the networks of a run: policy.pt or, of one that is not finished, checkpoint.pt."""
+    policy = folder / "policy.pt"
+    return policy if policy.exists() else folder / "checkpoint.pt"
 
 
 def provenance(script: str) -> dict:
@@ -242,10 +256,7 @@ def parse_args(kind: type, doc: str, presets: dict[str, dict] | None = None) -> 
         preset = (presets or {}).get(given.preset)
         return cli(default=kind(**preset)) if preset else cli(), {}
     if path.is_dir():
-        trained, path = path / "policy.pt", path / "checkpoint.pt"
-        if given.evaluate and trained.exists():
-            if not path.exists() or path.stat().st_mtime_ns <= trained.stat().st_mtime_ns:  # else it was made longer
-                path = trained
+        path = trained_file(path) if given.evaluate else path / "checkpoint.pt"
     checkpoint = load(path)
     saved, known = checkpoint["args"], {f.name for f in fields(kind)}
     if unknown := saved.keys() - known:
@@ -374,9 +385,16 @@ def start_wandb(run: Run, args) -> None:
             import wandb  # slow to import, and may be absent
 
             settings = wandb.Settings(init_timeout=30, console="off", silent=True)
-            init = partial(wandb.init, project=args.wandb_project_name, entity=args.wandb_entity, mode=mode)
             init = partial(
-                init, group=run.dir.name, dir=run.dir, resume="allow", reinit="create_new", settings=settings
+                wandb.init,
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                mode=mode,
+                group=run.dir.name,
+                dir=run.dir,
+                resume="allow",
+                reinit="create_new",
+                settings=settings,
             )
             for k, label in enumerate(run.labels):
                 name = f"{run.dir.name}__run{k}__seed{label['seed']}"

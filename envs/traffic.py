@@ -37,7 +37,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from envs import Frozen, save_gif
+from envs import Description, save_gif
 
 FLOWS = {  # cars per hour at each entry; the paper's training flow and its table 1
     "train": (700,) * 8,
@@ -122,7 +122,7 @@ def total(values: Tensor) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Traffic(Frozen):
+class Traffic(Description):
     """A description without state; `dataclasses.replace(env, speed=30.0)` is the same task with slower cars. The
     defaults are those of ERNIE's code, where IDM is Flow's default. Fields typed `float | Tensor` take a number or a
     value per environment [B]; `flow` also takes [B, K]."""

@@ -30,6 +30,16 @@ def finish(process, code=0):
     return out, err
 
 
+def call(script, monkeypatch, *flags) -> int:
+    """script.main() in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+    try:
+        script.main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
 def only(tmp_path) -> Path:
     (folder,) = tmp_path.iterdir()
     return folder

@@ -14,6 +14,7 @@ import attack
 
 import envs
 
+pytestmark = pytest.mark.slow  # each trains a short run of every script
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

@@ -193,6 +193,7 @@ def test_blocks_of_a_reset_depend_on_their_own_generator_only():
         env.reset(generators(*range(7)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("q", [0.5, torch.linspace(0, 1, 32)])
 def test_compiled_step_agrees_and_is_compiled_once(q):
     env = envs.make(AUGMENTED, 32, DEVICE, q=q)
@@ -418,6 +419,7 @@ def test_pictures(env_id, shape, size):
     np.testing.assert_allclose(centres[2], centres[0], atol=2)
 
 
+@pytest.mark.slow
 def test_speed_and_gif_from_the_command_line(tmp_path, capsys):
     path = tmp_path / "game.gif"
     threads = torch.get_num_threads()

@@ -438,6 +438,7 @@ def test_foreign_folders_get_one_line(tmp_path, monkeypatch, capsys):
     assert "episodes" in refused(tmp_path, "--episodes", "0")
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path, monkeypatch):
     folder = trained("coma", tmp_path, monkeypatch)
     out, _ = finish(start_script("benchmarks/certify.py", folder, "--radii", "10", "--samples=30", "--episodes=2"))

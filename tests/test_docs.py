@@ -52,6 +52,7 @@ def test_commands_are_understood(page, command, monkeypatch):
     runs.parse_args(script.Args, script.__doc__, {"paper": getattr(script, "PAPER", {})})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in PAGES if blocks(path, "python")], ids=lambda path: path.name)
 def test_code_runs(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -29,6 +29,7 @@ def test_recordings(name):
         assert error <= tolerance, (quantity, error)
 
 
+@pytest.mark.slow
 def test_replay_tells_good_from_bad(tmp_path):
     source = "v1_pyb_task_rpm_small_s0.npz"
     changes = {"pos": "position", "vel": "velocity", "quat": "quaternion", "ang_vel": "rates", "rpm": "rpm"}
@@ -254,6 +255,7 @@ def test_velocity_actions_are_followed():
     np.testing.assert_allclose(state.velocity[:, 0].T.cpu(), expected, atol=0.06)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version, control_hz", [("v1.0.0", 48), ("master", 240)])
 def test_position_actions_reach_their_point(version, control_hz):
     """v1.0.0: 0.1 a from where the drone is, so a constant action moves it on and a zero one holds it; later: the
@@ -512,6 +514,7 @@ def test_horizon(env_id):
     assert ends == [[False, False], [False, False], [True, True]] and state.t.tolist() == [3, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id", drones.TASKS)
 def test_the_simple_controller_is_better_than_hovering(env_id):
     """Everywhere as the recipe of the task demands; 242 steps of v0 cannot go better than -3.3 for the leader."""
@@ -555,6 +558,7 @@ KINDS = [("leader_follower_v0", {}), ("leader_follower_v0", {"physics": "dyn", "
 KINDS += [("leader_follower_v1", {"gust": 0.01}), ("hover_v0", {"physics": "dyn", "action_type": "pid"})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id, fields", KINDS)
 def test_step_is_pure_and_compiles(env_id, fields):
     env = make(env_id, 4, torch.float32, **fields)
@@ -568,6 +572,7 @@ def test_step_is_pure_and_compiles(env_id, fields):
     assert all(torch.equal(a, b) for a, b in zip(before, (*vars(state).values(), action)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id, fields", [("leader_follower_v0", {}), ("leader_follower_v1", {"control_hz": 120})])
 def test_compiled_code_agrees_and_is_compiled_once(env_id, fields):
     env = make(env_id, 16, **fields)
@@ -667,6 +672,7 @@ def test_states_of_a_wrong_shape_are_refused():
         make().make_state(torch.zeros(1, 3, 3))
 
 
+@pytest.mark.slow
 def test_speed_and_gif_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(drones.VELOCITY, "horizon", 8)
     path = tmp_path / "drones.gif"

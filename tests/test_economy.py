@@ -100,7 +100,12 @@ def everything(result) -> list[torch.Tensor]:
 # ------------------------------------------------------------------------------------------------------ recordings
 
 
-@pytest.mark.parametrize("name", FILES)
+RECORDINGS = [
+    pytest.param(name, id=name, marks=[pytest.mark.slow] * name.startswith(("episode", "auction"))) for name in FILES
+]
+
+
+@pytest.mark.parametrize("name", RECORDINGS)
 def test_recordings(name):
     for quantity, (error, tolerance) in replay.replay_economy(DATA / name, {}).items():
         assert error <= tolerance, (quantity, error)
@@ -114,6 +119,7 @@ def spoil(arrays: dict, names: str) -> dict:
     return arrays
 
 
+@pytest.mark.slow
 def test_replay_tells_good_from_bad(tmp_path, capsys):
     """Everything that is compared is told from a slightly changed copy."""
     cases = {
@@ -543,6 +549,7 @@ def test_saez_needs_pairs_and_shares_them():
 # ------------------------------------------------------------------------------------------------- the whole game
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id, tax", [("economy_v0", "planner"), ("economy_tiny_v0", "us")])
 def test_nothing_appears_or_vanishes(env_id, tax):
     """1,000 steps: coin comes from houses only, units from sources only, taxes sum to what is shared out."""
@@ -754,6 +761,7 @@ KINDS = [{}, {"tax": "saez", "saez_pairs": 8}, {"tax": "us", "tax_warmup": -100.
 KINDS += [{"objective": "inverse_income_utility", "eta": torch.tensor([0.1, 0.2, 0.3, 0.4])}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", KINDS)
 def test_step_is_pure_and_compiles(fields):
     env = make(num_envs=4, dtype=torch.float32, **fields)
@@ -773,6 +781,7 @@ def test_step_is_pure_and_compiles(fields):
         graph(env.reset(generators(0), after=second)[0], action, noise, rates.to(DEVICE))
 
 
+@pytest.mark.slow
 def test_compiled_code_agrees():
     """Each goes on from its own state: one's utility rounded by the other may look like a reward above zero."""
     env = make(num_envs=16, num_agents=2, max_orders=2, period=4)
@@ -792,6 +801,7 @@ def test_compiled_code_agrees():
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_compiled_saez_rates_agree():
     env = make(num_envs=16, tax="saez", saez_pairs=24, period=5)
     torch.compiler.reset()
@@ -899,6 +909,7 @@ def test_wrong_settings(options, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_speed_and_gif_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(economy.SMALL, "horizon", 8)
     monkeypatch.setitem(economy.TASKS, "economy_tiny_v0", economy.SMALL)

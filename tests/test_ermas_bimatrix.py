@@ -133,6 +133,7 @@ def test_same_policies_and_numbers_give_the_same_games():
     assert torch.equal(states[1, :, 0], states[3, :, 0]) and not torch.equal(states[1], states[3])
 
 
+@pytest.mark.slow
 def test_compiled_games_are_the_same_games():
     w = world(num_seeds=2, horizon=3)
     [games] = games_of(w)
@@ -571,6 +572,7 @@ def assert_same_runs(ours, theirs):
                 assert alike(one[name], other[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [dict(search_steps=2), dict(hidden_size=16, num_envs=5), dict(method=("marl", "domain-randomization", "risk"))],
@@ -585,6 +587,7 @@ def test_a_seed_does_not_depend_on_the_others(tmp_path, options):
         assert_same_runs(own, [row for row in rows if row["seed"] == 5 + k])
 
 
+@pytest.mark.slow
 def test_a_setting_does_not_depend_on_the_others(tmp_path):
     options = dict(epsilon=(0.05, 0.3), q_train=(0.0, 0.5), num_seeds=2)
     together, rows = short_train(tmp_path, "together", method=("ermas", "marl"), **options)
@@ -606,6 +609,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_option_trains(tmp_path, options):
     nets, rows = short_train(tmp_path, "run", **options)
@@ -641,6 +645,7 @@ def test_steps_are_counted(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------- learning
 
 
+@pytest.mark.slow
 def test_everybody_for_itself_reaches_the_equilibrium(tmp_path):
     options = dict(method=("marl",), env_id=REPEATED, num_seeds=5, num_envs=64, horizon=16, num_iterations=300)
     _, rows = short_train(tmp_path, "run", **options, log_interval=300)
@@ -650,6 +655,7 @@ def test_everybody_for_itself_reaches_the_equilibrium(tmp_path):
         assert float(row["eval/planner_reward"]) > 0.9
 
 
+@pytest.mark.slow
 def test_agents_do_as_much_harm_as_epsilon_allows(tmp_path):
     options = dict(env_id=REPEATED, epsilon=(0.05, 0.3), num_seeds=2, num_envs=64, horizon=16, inner_steps=3)
     options |= dict(cg_steps=10, num_iterations=250, warmup_steps=50, log_interval=250)

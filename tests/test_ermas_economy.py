@@ -1,6 +1,5 @@
 """ermas_economy.py: games, deviations and losses by hand, what the phases hand on, the report."""
 
-import csv
 import dataclasses
 import itertools
 import math
@@ -14,12 +13,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import alike, only, plain, without_speed
+from commands import ROOT, alike, call, only, plain, without_speed
 from torch.distributions import Categorical, kl_divergence
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from reproduce import words
 
 import envs
 import ermas_economy as script
 from envs import economy, runs
+from envs.runs import read_rows
 from ermas_economy import MLP, Args
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -713,11 +717,7 @@ def short_train(folder, **options):
     run = runs.Run(folder, [{"seed": args.seed + k} for k in range(args.num_seeds)])
     for phase in ("one", "two"):
         script.train(phase, learner, args, run, {})
-    return learner, rows_of(folder / "metrics.csv")
-
-
-def rows_of(path: Path) -> list[dict]:
-    return list(csv.DictReader(open(path)))
+    return learner, read_rows(folder / "metrics.csv")
 
 
 @pytest.fixture
@@ -844,6 +844,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_option_trains(tmp_path, updates, options):
     learner, rows = short_train(tmp_path, **options)
@@ -863,6 +864,7 @@ def test_steps_are_counted(tmp_path, watched):
     assert int(rows[-1]["global_step"]) == played
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, alone", [("marl", 1), ("ermas", 2), ("ermas", 1)])
 def test_a_seed_does_not_depend_on_the_others(tmp_path, method, alone):
     together, rows = short_train(tmp_path / "together", seed=5, num_seeds=3, method=method)
@@ -876,31 +878,15 @@ def test_a_seed_does_not_depend_on_the_others(tmp_path, method, alone):
 
 def flags_of(**options) -> list[str]:
     """Command line of SMALL and `options`."""
-    flags = []
-    for name, value in (SMALL | options).items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            flags += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
-    return flags
+    return words(SMALL | options)
 
 
-def main(monkeypatch, *flags) -> int:
-    """The whole script in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["ermas_economy.py", *map(str, flags)])
-    try:
-        script.main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [4, 6, 7, 9])
 def test_a_run_that_stops_in_either_phase_or_at_its_end_goes_on(monkeypatch, tmp_path, updates, stop_at):
     """As if it had not been stopped, of six updates in phase one and ten in phase two; no update is made twice."""
     long = dict(phase_one_timesteps=480, phase_two_timesteps=800, log_interval=200, checkpoint_interval=10**6)
-    assert main(monkeypatch, f"--runs-dir={tmp_path}/whole", *flags_of(**long)) == 0
+    assert call(script, monkeypatch, f"--runs-dir={tmp_path}/whole", *flags_of(**long)) == 0
     updates.clear()
     real = script.update
 
@@ -910,13 +896,13 @@ def test_a_run_that_stops_in_either_phase_or_at_its_end_goes_on(monkeypatch, tmp
         return real(*rest)
 
     monkeypatch.setattr(script, "update", stopping)
-    assert main(monkeypatch, f"--runs-dir={tmp_path}/stopped", *flags_of(**long)) == 130
+    assert call(script, monkeypatch, f"--runs-dir={tmp_path}/stopped", *flags_of(**long)) == 130
     monkeypatch.setattr(script, "update", real)
     folder, whole = only(tmp_path / "stopped"), only(tmp_path / "whole")
     assert runs.load(folder / "checkpoint.pt")["iteration"] == len(updates) == stop_at
-    assert main(monkeypatch, f"--resume={folder}") == 0
+    assert call(script, monkeypatch, f"--resume={folder}") == 0
     assert len([x for x in updates if x.env.eta.ndim == 0]) == 16  # in the test each environment has its own
-    ours, theirs = (without_speed(rows_of(f / "metrics.csv")) for f in (folder, whole))
+    ours, theirs = (without_speed(read_rows(f / "metrics.csv")) for f in (folder, whole))
     assert ours == theirs and len(ours) == 2 * (3 + 5)
     for name in ("checkpoint.pt", "warm_agents.pt", "test_agents.pt", "policy.pt"):
         ours, theirs = (runs.load(f / name) for f in (folder, whole))
@@ -946,7 +932,7 @@ def test_the_report_has_the_means_of_the_test(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "wandb", table)
     training = {name: values[0] for name, values in facts.items()}
     economy.report(run, env, args.eval_eta, facts, training, {"env_id": "x", "method": "ermas"})
-    rows = rows_of(tmp_path / "welfare.csv")
+    rows = read_rows(tmp_path / "welfare.csv")
     assert [(row["seed"], row["eta"]) for row in rows] == list(itertools.product("12", ("0.1", "0.3")))
     for row in rows:
         q, s = ("0.1", "0.3").index(row["eta"]), int(row["seed"]) - 1
@@ -968,41 +954,43 @@ def whole(tmp_path_factory) -> Path:
     """The folder of a run."""
     folder, patch = tmp_path_factory.mktemp("runs"), pytest.MonkeyPatch()
     patch.setattr(envs, "make", partial(MAKE, **SHORT))
-    assert main(patch, f"--runs-dir={folder}", *flags_of()) == 0
+    assert call(script, patch, f"--runs-dir={folder}", *flags_of()) == 0
     patch.undo()
     return only(folder)
 
 
+@pytest.mark.slow
 def test_evaluate_takes_flags_of_the_test_and_agents(monkeypatch, capsys, whole, updates):
     before = (whole / "welfare.csv").read_text()
-    assert main(monkeypatch, f"--evaluate={whole}", f"--eval-agents={whole}/test_agents.pt") == 0
+    assert call(script, monkeypatch, f"--evaluate={whole}", f"--eval-agents={whole}/test_agents.pt") == 0
     assert (whole / "welfare.csv").read_text() == before  # the same numbers in the second phase
     assert [x.env.tax for x in updates] == ["planner"]
     updates.clear()
     flags = ["--eval-eta", "0.3", "0.5", "--eval-episodes=3", "--eval-timesteps=160"]
-    assert main(monkeypatch, f"--evaluate={whole}", *flags) == 0
-    assert [row["eta"] for row in rows_of(whole / "welfare.csv")] == ["0.3", "0.5"] * 2 and len(updates) == 4
+    assert call(script, monkeypatch, f"--evaluate={whole}", *flags) == 0
+    assert [row["eta"] for row in read_rows(whole / "welfare.csv")] == ["0.3", "0.5"] * 2 and len(updates) == 4
     assert runs.load(whole / "test_agents.pt")["args"]["eval_eta"] == [0.1, 0.3]  # other runs may rely on it
 
 
+@pytest.mark.slow
 def test_agents_of_another_run(monkeypatch, capsys, tmp_path, whole, updates):
     """--warm-start takes the place of phase one, --eval-agents that of the test's; both must fit."""
     path = whole / "test_agents.pt"
     updates.clear()
     flags = flags_of(method="marl", warm_start=whole, eval_agents=path, planner_hidden_size=5)
-    assert main(monkeypatch, f"--runs-dir={tmp_path}", *flags) == 0
+    assert call(script, monkeypatch, f"--runs-dir={tmp_path}", *flags) == 0
     assert [x.env.tax for x in updates] == ["planner"] * 4 and updates[0].last is None
     for name, first in (("warm_agents", updates[0]), ("test_agents", updates[3])):
         saved = runs.load(whole / f"{name}.pt")[name]
         assert torch.equal(saved["policy"].to(DEVICE), first.nets["agents"])
         assert torch.equal(saved["critic"].to(DEVICE), first.nets["agents_critic"])
         assert torch.equal(saved["moments"].to(DEVICE), first.moments["agents"])
-    rows = rows_of(only(tmp_path) / "metrics.csv")
+    rows = read_rows(only(tmp_path) / "metrics.csv")
     assert [row["global_step"] for row in rows[::2]] == ["80", "160", "240"]
     assert {row["charts/phase"] for row in rows} == {"2"}
     folder = only(tmp_path)
-    assert main(monkeypatch, "--resume", folder) == 0  # its phase two begins with the first update
-    assert rows_of(folder / "metrics.csv") == rows
+    assert call(script, monkeypatch, "--resume", folder) == 0  # its phase two begins with the first update
+    assert read_rows(folder / "metrics.csv") == rows
 
 
 @pytest.mark.parametrize("flag", ["--warm-start", "--eval-agents"])
@@ -1013,7 +1001,7 @@ def test_agents_that_do_not_fit_are_refused_by_name(monkeypatch, capsys, tmp_pat
     def refused(folder=whole, **options) -> str:
         """With `folder`, or the file of it that the flag takes."""
         path = folder if flag == "--warm-start" else folder / file
-        assert main(monkeypatch, f"--runs-dir={tmp_path}/more", *flags_of(**{name: path}, **options)) == 2
+        assert call(script, monkeypatch, f"--runs-dir={tmp_path}/more", *flags_of(**{name: path}, **options)) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and str(folder) in error and not (tmp_path / "more").exists()
         return error
@@ -1035,7 +1023,7 @@ def test_agents_that_do_not_fit_are_refused_by_name(monkeypatch, capsys, tmp_pat
 def test_a_checkpoint_of_phase_one_has_no_taxes_to_evaluate(monkeypatch, capsys, tmp_path, whole):
     state = runs.load(whole / "checkpoint.pt")
     runs.save(tmp_path / "checkpoint.pt", state | {"iteration": 2})
-    assert main(monkeypatch, f"--evaluate={tmp_path}") == 2
+    assert call(script, monkeypatch, f"--evaluate={tmp_path}") == 2
     assert "has no taxes yet; go on with --resume" in capsys.readouterr().err
 
 
@@ -1044,7 +1032,7 @@ def test_the_papers_sizes(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(script, "setup", lambda args: seen.append(args) or sys.exit(7))
     for flags in ([], ["--preset=paper"], ["--preset=paper", "--num-envs=3", "--gamma=0.5"]):
-        assert main(monkeypatch, f"--runs-dir={tmp_path}", *flags) == 7
+        assert call(script, monkeypatch, f"--runs-dir={tmp_path}", *flags) == 7
     default, paper, own = (dataclasses.asdict(args) for args in seen)
     assert default == dataclasses.asdict(Args()) | {"runs_dir": str(tmp_path)}
     assert paper == default | script.PAPER | {"preset": "paper"} and own == paper | {"num_envs": 3, "gamma": 0.5}
@@ -1074,6 +1062,7 @@ def test_wrong_values_and_combinations(options, words):
 # ------------------------------------------------------------------------------------------------------------ learning
 
 
+@pytest.mark.slow
 def test_agents_learn_to_build(monkeypatch, tmp_path):
     """Three seeds had 1.5 to 1.7 houses in the first iteration, with a welfare of 7 to 9, 6.2 to 7.6 in this time."""
     monkeypatch.setattr(envs, "make", MAKE)

@@ -1,6 +1,5 @@
 """ernie_coma.py: values, targets and losses by hand, gradients against finite differences, runs."""
 
-import csv
 import itertools
 import math
 import os
@@ -554,13 +553,14 @@ def short_train(tmp_path, name, small, checkpoint=None, **options):
     folder.mkdir()
     run = runs.Run(folder, [{"seed": seed} for seed in args.seeds], (checkpoint or {}).get("rows", []))
     script.train(env, nets, optimizers, args, run, checkpoint or {})
-    return args, nets, list(csv.DictReader(open(folder / "metrics.csv")))
+    return args, nets, runs.read_rows(folder / "metrics.csv")
 
 
 ALONE = [(TRAFFIC, {}), (TRAFFIC, dict(regularizer="none", num_envs=4))]
 ALONE += [(SPREAD, dict(num_envs=16, reg_batch_size=n, total_timesteps=800, log_interval=400)) for n in (16, 80)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small,options", ALONE)
 def test_a_seed_does_not_depend_on_the_others(tmp_path, small, options):
     """On a CPU bit for bit; with a number of samples that is no multiple of 16, products may round a seed otherwise."""
@@ -617,6 +617,7 @@ LIGHTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small,options", [(SPREAD, o) for o in MODES + PARTICLES] + [(TRAFFIC, o) for o in LIGHTS])
 def test_every_option_trains(tmp_path, small, options):
     args, nets, rows = short_train(tmp_path, "run", small, **options)
@@ -656,7 +657,7 @@ def main_with(monkeypatch, small, *flags):
 
 
 def points_of(folder):
-    rows = list(csv.DictReader(open(folder / "robustness.csv")))
+    rows = runs.read_rows(folder / "robustness.csv")
     return {(row["perturbation"], row["strength"]) for row in rows if row["policy"] == "stackelberg"}, rows
 
 
@@ -679,7 +680,7 @@ def test_a_pettingzoo_environment_trains_on_whole_episodes(tmp_path, monkeypatch
     monkeypatch.setattr(script, "SWEEP", {"mad": (0.1,), "worst_action": (0.2,), "damping": (2.0,)})
     assert main_with(monkeypatch, ZOO, f"--runs-dir={tmp_path}") is None
     folder = only(tmp_path)
-    rows = list(csv.DictReader(open(folder / "metrics.csv")))
+    rows = runs.read_rows(folder / "metrics.csv")
     assert [row["global_step"] for row in rows] == ["50", "100"]
     assert all(math.isfinite(float(value)) for row in rows for value in row.values())
     assert {name for name, _ in points_of(folder)[0]} == {"clean", "mad", "worst_action"}  # its physics are its own

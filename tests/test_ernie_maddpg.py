@@ -1,6 +1,5 @@
 """ernie_maddpg.py: gradients against finite differences, losses against hand-computed and brute-force cases, runs."""
 
-import csv
 import math
 from dataclasses import replace
 from functools import partial
@@ -84,6 +83,7 @@ def test_adversarial_gradient_is_the_leader_term(continuous):
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("continuous", [True, False])
 def test_compiled_losses_have_the_eager_gradients(continuous):
     args, env, nets, batch = world(double=True, continuous_actions=continuous, attack_steps=2, action_reg_coef=0.1)
@@ -96,6 +96,7 @@ def test_compiled_losses_have_the_eager_gradients(continuous):
         torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize("continuous", [True, False])
 def test_attack_is_in_the_ball_and_beats_a_random_direction(norm, continuous):
@@ -296,10 +297,11 @@ def short_train(tmp_path, name, **options):
     run = runs.Run(tmp_path / name, [{"seed": seed} for seed in args.seeds])
     run.dir.mkdir()
     script.train(env, nets, optimizers, args, run, {})
-    assert list(csv.DictReader(open(run.dir / "metrics.csv")))[-1]["global_step"] == str(args.total_timesteps)
+    assert runs.read_rows(run.dir / "metrics.csv")[-1]["global_step"] == str(args.total_timesteps)
     return args, env, nets, run.rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, dict(continuous_actions=False)])
 def test_a_seed_does_not_depend_on_the_others(tmp_path, options):
     script.setup(Args(**SMALL))
@@ -327,6 +329,7 @@ MODES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", MODES)
 def test_every_option_trains(tmp_path, options):
     _, _, _, rows = short_train(tmp_path, "run", **options)
@@ -339,6 +342,7 @@ def test_every_task_trains(tmp_path, env_id, continuous):
     short_train(tmp_path, "run", env_id=env_id, continuous_actions=continuous, total_timesteps=200)
 
 
+@pytest.mark.slow
 def test_learns_cooperative_navigation(tmp_path):
     """A random policy has -27; 1,600 small updates reach about -20."""
     options = dict(num_envs=40, batch_size=256, hidden_size=64, learning_starts=2000, buffer_size=100_000)

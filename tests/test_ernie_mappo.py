@@ -4,14 +4,13 @@ import csv
 import dataclasses
 import itertools
 import math
-import sys
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import alike, fourth_order, only, plain, without_speed
+from commands import alike, call, fourth_order, only, plain, without_speed
 from PIL import Image
 from torch.distributions import Categorical, Normal, kl_divergence
 
@@ -540,6 +539,7 @@ def test_losses_and_their_gradients_by_hand(variant, clip_vloss):
         assert a.abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["actor", "critic"])
 def test_losses_compile_whole_and_keep_their_gradients(name):
     """On a GPU --compile compiles them; here as far as the graphs of their gradients."""
@@ -857,6 +857,7 @@ ALONE += [dict(env_id="simple_spread_v3", continuous_actions=False, share_parame
 ALONE += [dict(env_id="simple_spread_v3", state_dependent_std=True, norm="linf", num_envs=5)]  # 15 samples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ALONE)
 def test_a_seed_does_not_depend_on_the_others(tmp_path, short, options):
     """On a CPU bit for bit, whatever the number of samples of a minibatch."""
@@ -892,6 +893,7 @@ MODES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", MODES)
 def test_every_option_trains(tmp_path, short, options):
     short(8)
@@ -904,6 +906,7 @@ def test_every_option_trains(tmp_path, short, options):
     assert all((nets[name].flat != fresh[name].flat).any(1).all() for name in ("actor", "critic"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id", ["simple_spread_v3", "leader_follower_v1"])
 def test_compiled_steps_train_the_same(tmp_path, monkeypatch, short, env_id):
     short(4)
@@ -976,22 +979,12 @@ DRONES = "--num-envs=4 --hidden-size=16 --num-minibatches=2 --update-epochs=2 --
 DRONES = f"{DRONES} --total-timesteps=64 --log-interval=32 --wandb-mode=disabled --no-cuda"  # with episodes of 8 steps
 
 
-def call(monkeypatch, *flags) -> int:
-    """main() in this process; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["ernie_mappo.py", *map(str, flags)])
-    try:
-        script.main()
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
-
-
 @pytest.mark.parametrize("env_id", ["leader_follower_v1", "hover_v0"])
 def test_pictures_of_drones(tmp_path, monkeypatch, short, env_id):
     short(8)
     monkeypatch.setattr(script, "DRONE_SWEEP", {"updraft": (0.01,), "mass": (1.05,)})
     flags = [*DRONES.split(), f"--env-id={env_id}", f"--runs-dir={tmp_path}", "--num-seeds=2", "--capture-video"]
-    assert call(monkeypatch, *flags) == 0
+    assert call(script, monkeypatch, *flags) == 0
     folder = only(tmp_path)
     with Image.open(folder / "episode.gif") as film:  # every fourth state
         assert film.n_frames == 2 and film.info["duration"] == 4000 // (48 if "leader" in env_id else 30) // 10 * 10
@@ -1020,11 +1013,11 @@ def test_evaluation_in_bullet_stands_beside_ours(tmp_path, monkeypatch, short):
 
     monkeypatch.setattr(script.bullet, "from_drones", from_drones)
     monkeypatch.setattr(script.bullet, "require_pybullet", asked.append)
-    assert call(monkeypatch, *DRONES.split(), f"--runs-dir={tmp_path}") == 0
+    assert call(script, monkeypatch, *DRONES.split(), f"--runs-dir={tmp_path}") == 0
     folder = only(tmp_path)
     assert not opened and not (folder / "robustness_pybullet.csv").exists()
     ours = (folder / "robustness.csv").read_text()
-    assert call(monkeypatch, f"--evaluate={folder}", "--backend=pybullet") == 0
+    assert call(script, monkeypatch, f"--evaluate={folder}", "--backend=pybullet") == 0
     assert (folder / "robustness.csv").read_text() == ours == (folder / "robustness_pybullet.csv").read_text()
     assert (folder / "robustness_pybullet.png").stat().st_size > 0
     assert opened == closed and len(closed) == 3 and asked == [2]
@@ -1033,7 +1026,7 @@ def test_evaluation_in_bullet_stands_beside_ours(tmp_path, monkeypatch, short):
 def test_a_pettingzoo_environment_trains(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "SWEEP", {"mad": (0.1,), "random_action": (0.2,), "damping": (2.0,)})
     flags = [*DRONES.split(), "--env-id=zoo:mpe2.simple_spread_v3", "--total-timesteps=200", "--log-interval=100"]
-    assert call(monkeypatch, *flags, f"--runs-dir={tmp_path}", "--capture-video") == 0
+    assert call(script, monkeypatch, *flags, f"--runs-dir={tmp_path}", "--capture-video") == 0
     folder = only(tmp_path)
     assert folder.name.startswith("zoo_mpe2.simple_spread_v3__ernie_mappo__1__")
     with open(folder / "metrics.csv", newline="") as file:
@@ -1058,7 +1051,7 @@ def test_a_pettingzoo_environment_trains(tmp_path, monkeypatch):
     ],
 )
 def test_values_that_do_not_go_together(monkeypatch, capsys, tmp_path, flags, words):
-    assert call(monkeypatch, *flags.split(), f"--runs-dir={tmp_path}") == 2
+    assert call(script, monkeypatch, *flags.split(), f"--runs-dir={tmp_path}") == 2
     error = " ".join(" ".join(line.strip(" │") for line in capsys.readouterr().err.splitlines()).split())
     assert words in error and not list(tmp_path.iterdir())
 
@@ -1075,8 +1068,8 @@ def test_bullet_that_is_not_installed(monkeypatch, capsys, tmp_path, short):
     except ImportError:
         short(8)
         monkeypatch.setattr(script, "DRONE_SWEEP", {"mass": (1.05,)})
-        assert call(monkeypatch, *DRONES.split(), f"--runs-dir={tmp_path}") == 0
-        assert call(monkeypatch, f"--evaluate={only(tmp_path)}", "--backend=pybullet") == 2
+        assert call(script, monkeypatch, *DRONES.split(), f"--runs-dir={tmp_path}") == 0
+        assert call(script, monkeypatch, f"--evaluate={only(tmp_path)}", "--backend=pybullet") == 2
         assert "pip install -r requirements-pybullet.txt" in capsys.readouterr().err
     else:
         pytest.skip("Bullet is installed")
@@ -1087,6 +1080,7 @@ def test_bullet_that_is_not_installed(monkeypatch, capsys, tmp_path, short):
 LEARNS = dict(regularizer="none", log_interval=10**6, checkpoint_interval=10**6, wandb_mode="disabled")
 
 
+@pytest.mark.slow
 def test_learns_to_spread(tmp_path):
     """Random policies have -27, untrained greedy ones -30 or less; five seeds had -20.5 to -22.1 after these steps."""
     small = LEARNS | dict(env_id="simple_spread_v3", continuous_actions=False, num_envs=32, num_minibatches=4)
@@ -1094,6 +1088,7 @@ def test_learns_to_spread(tmp_path):
     assert rows[-1]["eval/episodic_return"] > -24.5
 
 
+@pytest.mark.slow
 def test_the_leader_learns_to_climb(tmp_path):
     """In two iterations. Untrained it hovers at -37, near the ground; eight seeds had -11.3 to -16.3."""
     small = LEARNS | dict(env_id="leader_follower_v0", total_timesteps=30_000, eval_episodes=20)

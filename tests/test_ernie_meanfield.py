@@ -161,6 +161,7 @@ def test_gradient_of_transport_is_that_of_the_exact_one(kind, n):
     close((grad * direction).sum((1, 2)), fourth_order(lambda h: exact_w(moved, crowd + h * direction), 1e-6), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 10, 23])
 def test_compiled_iterations_are_the_others(steps):
     moved, crowd = (x.float() for x in clouds(0.3, 6))
@@ -458,6 +459,7 @@ def test_budget_is_kept_and_used(epsilon, dtype):
         assert inside.all() if size == 0.3 else not inside.any() if size == 100 and epsilon < 1 else True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", ["penalty", "budget"])
 @pytest.mark.parametrize("role", ROLES)
 def test_attack_beats_a_random_direction(role, transport):
@@ -687,6 +689,7 @@ def test_diagnostics_are_what_they_say():
         close(found[f"ernie/{role}_interaction_cosine"], cosine, 1e-7)
 
 
+@pytest.mark.slow
 def test_losses_compile_to_the_same_gradients():
     """Without breaks in the graph, which is what --compile asks for; without its slow code generator."""
     args, env, nets, batch = world(transport_steps=2, attack_steps=1, reg_coef=1.0)
@@ -784,6 +787,7 @@ def short_train(tmp_path, name, small=SMALL, **options):
     return args, env, nets, run.rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, dict(transport="budget", mean_action_epsilon=0.1)])
 def test_a_seed_does_not_depend_on_the_others(tmp_path, options):
     _, _, together, rows = short_train(tmp_path, "together", seed=5, num_seeds=3, **options)
@@ -823,6 +827,7 @@ MODES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", MODES, ids=lambda v: "-".join(map(str, v.values())))
 def test_every_option_trains(tmp_path, options):
     args, env, nets, rows = short_train(tmp_path, "run", total_timesteps=100, log_interval=50, **options)
@@ -838,6 +843,7 @@ def test_every_option_trains(tmp_path, options):
     assert ("ernie/mean_action_regularizer" in rows[0]) == (args.mean_action_epsilon > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regularizer", ["none", "stackelberg"])
 def test_compiled_functions_are_those_that_train(tmp_path, monkeypatch, regularizer):
     """On a CPU the losses are compiled without the regulariser only."""
@@ -948,6 +954,7 @@ def test_defaults_follow_the_number_of_agents_and_steps():
     assert Args(attack_steps=1).attack_lr == 1.0 and Args(attack_steps=5).attack_lr == 0.5
 
 
+@pytest.mark.slow
 def test_learns_to_spread(tmp_path):
     """Random policies have -25.5, untrained ones -24.3 or less; five seeds had -19.0 to -21.6 after these steps."""
     small = dict(num_agents=3, regularizer="none", log_interval=10**6, checkpoint_interval=10**6)

@@ -1,6 +1,5 @@
 """ernie_qcombo.py: losses by hand, gradients against finite differences, searches against brute force, runs."""
 
-import csv
 import dataclasses
 import itertools
 import math
@@ -533,7 +532,7 @@ def test_report_has_every_point_and_the_fixed_time_signal(tmp_path, capsys):
     run = runs.Run(tmp_path, [{"seed": seed} for seed in args.seeds])
     labels = {"env_id": args.env_id, "policy": "stackelberg"}
     robustness.report_lights(lights_of(args, nets), robustness.LIGHTS, robustness.NETWORKS, run, labels, "robustness")
-    rows, out = list(csv.DictReader(open(tmp_path / "robustness.csv"))), capsys.readouterr().out
+    rows, out = runs.read_rows(tmp_path / "robustness.csv"), capsys.readouterr().out
     columns = ["env_id", "policy", "seed", "perturbation", "strength", "episodes", *METRICS, "standard_error"]
     assert list(rows[0]) == columns and (tmp_path / "robustness.png").stat().st_size > 0
     swept = {("clean", "0.0"), *((name, str(s)) for name in robustness.LIGHTS for s in robustness.LIGHTS[name])}
@@ -562,6 +561,7 @@ def short_train(tmp_path, name, **options):
     return args, nets, run.rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [dict(regularize="both"), dict(global_q="action_in", action_reg_coef=0.1)])
 def test_a_seed_does_not_depend_on_the_others(tmp_path, options):
     _, together, rows = short_train(tmp_path, "together", seed=5, num_seeds=2, **options)
@@ -583,6 +583,7 @@ MODES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", MODES)
 def test_every_option_trains(tmp_path, options):
     args, nets, rows = short_train(tmp_path, "run", **options)

@@ -72,6 +72,7 @@ def test_recordings(name):
         assert error <= tolerance, quantity
 
 
+@pytest.mark.slow
 def test_replay_command_tells_good_from_bad(tmp_path, capsys):
     source = DATA / "simple_tag_cont.npz"
     shutil.copy(source, tmp_path)
@@ -180,6 +181,7 @@ def test_blocks_of_a_reset_depend_on_their_own_generator_only():
         env.reset(generators(*range(5)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id, continuous", KINDS)
 def test_step_is_pure_and_compiles(env_id, continuous):
     env = envs.make(env_id, 4, DEVICE, continuous_actions=continuous)
@@ -203,6 +205,7 @@ def assert_same(a, b, atol=0.0):
             assert x == y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id, continuous", [("simple_spread_v3", True), ("simple_world_comm_v3", False)])
 def test_compiled_code_agrees_and_is_compiled_once(env_id, continuous):
     env = envs.make(env_id, 16, DEVICE, torch.float64, continuous_actions=continuous)
@@ -334,6 +337,7 @@ def test_number_of_agents_and_horizon():
     assert envs.make("simple_tag_v3", 1, num_agents=4).num_agents == 4
 
 
+@pytest.mark.slow
 def test_speed_and_gif_from_the_command_line(tmp_path, capsys):
     path = tmp_path / "tag.gif"
     threads = torch.get_num_threads()

@@ -1,6 +1,5 @@
 """benchmarks/reproduce.py: runs that fail, die or are there already, and what is made of their results."""
 
-import csv
 import importlib
 import subprocess
 import sys
@@ -17,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import reproduce
 
 from envs import runs
+from envs.runs import read_rows
 
 # A script with the interface of ours: a checkpoint, then (a while later) a result with a row per seed.
 SCRIPT = """
@@ -66,11 +66,6 @@ def ray(monkeypatch):
 def arguments(tmp_path, **options) -> reproduce.Args:
     (tmp_path / "results").mkdir(exist_ok=True)
     return reproduce.Args(runs_dir=tmp_path / "runs", results_dir=tmp_path / "results", **options)
-
-
-def rows_of(path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_words_of_a_command_line():
@@ -157,6 +152,7 @@ def test_every_command_is_understood(name, monkeypatch):
                 assert args.num_seeds == 2
 
 
+@pytest.mark.slow
 def test_a_grid_with_a_failure(tmp_path, toy, ray, monkeypatch):
     methods = toy.methods | {"broken": [{"fails": 1}]}
     monkeypatch.setitem(reproduce.STUDIES, "toy", replace(toy, methods=methods))
@@ -166,24 +162,25 @@ def test_a_grid_with_a_failure(tmp_path, toy, ray, monkeypatch):
     assert list(found) == ["none", "weak", "chosen"] and found["chosen"][0] == {"gain": 2}
     assert len(cluster.failures) == 1 and "toy_broken-" in cluster.failures[0] and "it fails" in cluster.failures[0]
     reproduce.report("toy", found, args)
-    rows = rows_of(tmp_path / "results" / "toy.csv")
+    rows = read_rows(tmp_path / "results" / "toy.csv")
     assert len(rows) == 3 * 3 * 5 and {row["seed"] for row in rows} == set("12345")
     assert set(rows[0]) == {"script", "env_id", "method", "perturbation", "level", "seed", "return"}
-    summary = {(row["method"], row["level"]): row for row in rows_of(tmp_path / "results" / "toy_summary.csv")}
+    summary = {(row["method"], row["level"]): row for row in read_rows(tmp_path / "results" / "toy_summary.csv")}
     row = summary["chosen", "0.5"]
     assert float(row["return"]) == 2 + 3 - 0.5 and float(row["less_none"]) == 2 and float(row["iqm"]) == 4.5
-    verdicts = {(row["method"], row["perturbation"]): row for row in rows_of(tmp_path / "results" / "verdicts.csv")}
+    verdicts = {(row["method"], row["perturbation"]): row for row in read_rows(tmp_path / "results" / "verdicts.csv")}
     assert verdicts["chosen", "gaussian"]["verdict"] == "better" and float(verdicts["none", "clean"]["mean"]) == -1
     assert (tmp_path / "results" / "toy.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_run_with_other_flags_or_seeds_is_another_run(tmp_path, toy, ray):
     """It is not taken for finished."""
     cluster = reproduce.Cluster(arguments(tmp_path, ray_address="local"))
     choices = [({"gain": 1}, (1, 2)), ({"gain": 2}, (1, 2)), ({"gain": 2}, (1, 3)), ({"gain": 1}, (1, 2))]
     paths = [cluster.get(cluster.start("toy_weak", toy, "weak", *choice)) for choice in choices]
     assert len(set(paths)) == 3 and paths[0] == paths[3]
-    assert [len(rows_of(path)) for path in paths] == [6, 6, 9, 6]
+    assert [len(read_rows(path)) for path in paths] == [6, 6, 9, 6]
 
 
 @pytest.mark.parametrize(
@@ -207,6 +204,7 @@ def test_wrong_input_is_refused(tmp_path, monkeypatch, capsys, words, said):
     assert stop.value.code == 2 and said in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_a_node_dies(tmp_path, toy, ray):
     """Its runs go on elsewhere from their checkpoints, and no finished run is repeated."""
     from ray.cluster_utils import Cluster

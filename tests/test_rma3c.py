@@ -354,6 +354,7 @@ def test_a_whole_run_at_radius_0_is_one_of_maddpg(tmp_path, continuous):
         assert row["eval/attacked_return"] == row["eval/episodic_return"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("continuous", [True, False])
 def test_a_seed_does_not_depend_on_the_others(tmp_path, continuous):
     _, _, together, rows = short_train(tmp_path, "together", seed=5, num_seeds=3, continuous_actions=continuous)
@@ -383,6 +384,7 @@ def test_every_task_trains(tmp_path, env_id, continuous):
     assert rows and all(math.isfinite(float(v)) for v in rows[-1].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [dict(others_actions="replay", activation="silu"), dict(perturb_rollout=False, activation="tanh", norm="linf")],
@@ -391,6 +393,7 @@ def test_every_option_trains(tmp_path, options):
     short_train(tmp_path, "run", **options)
 
 
+@pytest.mark.slow
 def test_learns_cooperative_navigation_and_to_attack(tmp_path):
     """A random policy has -27; the adversaries' direction does more harm than its opposite."""
     options = dict(num_envs=40, batch_size=256, hidden_size=64, learning_starts=2000, buffer_size=100_000)

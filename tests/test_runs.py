@@ -1,6 +1,5 @@
 """What every script's runs have in common: folders, checkpoints that survive, resumed runs, signals, wrong input."""
 
-import csv
 import errno
 import importlib
 import json
@@ -15,7 +14,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from commands import ROOT, finish, only, start_script, without_speed
+from commands import ROOT, call, finish, only, start_script, without_speed
 
 import envs
 from envs import runs
@@ -95,16 +94,6 @@ def go_on(script, *flags):
     return start_script(str(path_of(script) / f"{script.__name__}.py"), *flags)
 
 
-def call(script, monkeypatch, *flags) -> int:
-    """script.main() in this process; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
-    try:
-        script.main()
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
-
-
 def refused(script, monkeypatch, capsys, *flags) -> str:
     """What the script says about wrong flags, with exit code 2."""
     assert call(script, monkeypatch, *flags) == 2
@@ -117,14 +106,9 @@ def steps_of(rows) -> list[str]:
     return list(dict.fromkeys(row["global_step"] for row in rows))
 
 
-def read(path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def same_end(one, two) -> bool:
     """Have two run folders the same metrics and the same networks, bit for bit?"""
-    tables = [without_speed(read(folder / "metrics.csv")) for folder in (one, two)]
+    tables = [without_speed(runs.read_rows(folder / "metrics.csv")) for folder in (one, two)]
     nets = [runs.load(folder / "checkpoint.pt")["nets"] for folder in (one, two)]
     return tables[0] == tables[1] and all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
 
@@ -159,18 +143,20 @@ def test_a_run_leaves_what_it_promises(script, finished, monkeypatch):
     folder, out = finished(script)
     about = json.loads((folder / "args.json").read_text())
     assert about["versions"]["torch"] == version("torch") and about["num_seeds"] == 2
-    rows = read(folder / "metrics.csv")
+    rows = runs.read_rows(folder / "metrics.csv")
     num_runs = len(rows) // len(steps_of(rows))
     assert len(list(folder.glob("wandb/offline-run-*"))) == num_runs >= 2
     for name in ("metrics.csv", "checkpoint.pt", "policy.pt", *report_of(script), "episode.gif"):
         assert (folder / name).stat().st_size > 0
     assert not list(folder.glob("*.tmp"))
-    assert {row["seed"] for row in read(folder / report_of(script)[0])} == {row["seed"] for row in rows} == {"1", "2"}
+    report = runs.read_rows(folder / report_of(script)[0])
+    assert {row["seed"] for row in report} == {row["seed"] for row in rows} == {"1", "2"}
     assert len(steps_of(rows)) > 2 and out.count("/s, ") >= len(steps_of(rows))  # without a terminal, a line per log
     size = [(folder / name).stat().st_size for name in ("policy.pt", "checkpoint.pt")]
     assert size[0] < size[1]
 
 
+@pytest.mark.slow
 def test_the_policy_alone_is_enough_to_evaluate(script, copy, monkeypatch):
     folder = copy(script)
     report = folder / report_of(script)[0]
@@ -182,6 +168,7 @@ def test_the_policy_alone_is_enough_to_evaluate(script, copy, monkeypatch):
     assert report.read_text() != before  # the flag beats the saved value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["ernie_maddpg", "ermas_economy"], indirect=True)
 def test_a_renamed_copy_reads_its_parents_runs(script, finished, tmp_path):
     folder, _ = finished(script)
@@ -191,15 +178,16 @@ def test_a_renamed_copy_reads_its_parents_runs(script, finished, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_torchrun_shares_out_the_seeds(script, finished, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     name = str(path_of(script) / f"{script.__name__}.py")
     command = [*launch, name, *flags_of(script), OFFLINE, "--num-seeds=2", f"--runs-dir={tmp_path}"]
     finish(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    together = without_speed(read(finished(script)[0] / "metrics.csv"))
+    together = without_speed(runs.read_rows(finished(script)[0] / "metrics.csv"))
     for seed in (1, 2):
         (folder,) = tmp_path.glob(f"*__{seed}__*")
-        own = without_speed(read(folder / "metrics.csv"))
+        own = without_speed(runs.read_rows(folder / "metrics.csv"))
         expected = [row for row in together if row["seed"] == str(seed)]
         assert [row["global_step"] for row in own] == [row["global_step"] for row in expected]
         for row, other in zip(own, expected):
@@ -217,6 +205,7 @@ def test_seeds_that_processes_cannot_share_are_refused(script, monkeypatch, caps
 # ---------------------------------------------------------------- killed, stopped, resumed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how,code", [("SIGKILL", -9), ("SIGINT", 130)])
 def test_killed_or_stopped_and_resumed_equals_uninterrupted(script, finished, tmp_path, how, code):
     """At the third update, whatever the machine's load."""
@@ -234,6 +223,7 @@ def test_killed_or_stopped_and_resumed_equals_uninterrupted(script, finished, tm
     assert same_end(folder, finished(script)[0]) and not list(folder.glob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_signal_in_the_last_update_still_stops(script, monkeypatch, capsys, tmp_path, how):
     updates, last, update, save = [], [], script.update, runs.save
@@ -270,17 +260,33 @@ def test_ctrl_c_while_importing_prints_no_traceback(script, tmp_path):
     assert process.returncode == -signal.SIGINT and out == error == ""
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_made_longer(script, copy, monkeypatch, tmp_path):
     folder = copy(script)
-    before = read(folder / "metrics.csv")
+    before = runs.read_rows(folder / "metrics.csv")
     flag = LONGER.get(script.__name__, "--total-timesteps=600")
     assert call(script, monkeypatch, "--resume", folder, flag, quick(script), OFFLINE) == 0
-    rows = read(folder / "metrics.csv")
+    rows = runs.read_rows(folder / "metrics.csv")
     assert rows[: len(before)] == before and len(rows) > len(before)
     steps = [int(step) for step in steps_of(rows)]
     assert steps == sorted(steps) and len(rows) % len(steps) == 0
     name, value = flag.removeprefix("--").replace("-", "_").split("=")
     assert json.loads((folder / "args.json").read_text())[name] == int(value)
+
+
+def test_a_longer_run_that_was_stopped_has_no_policy_of_before(script, copy, monkeypatch):
+    """What evaluates it takes the checkpoint."""
+    folder, update = copy(script), script.update
+
+    def stopping(*args, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return update(*args, **options)
+
+    assert runs.trained_file(folder) == folder / "policy.pt"
+    monkeypatch.setattr(script, "update", stopping)
+    flag = LONGER.get(script.__name__, "--total-timesteps=600")
+    assert call(script, monkeypatch, "--resume", folder, flag, OFFLINE) == 130
+    assert runs.trained_file(folder) == folder / "checkpoint.pt" and not (folder / "policy.pt").exists()
 
 
 def test_a_run_is_not_made_shorter(script, finished, monkeypatch, capsys):
@@ -290,16 +296,17 @@ def test_a_run_is_not_made_shorter(script, finished, monkeypatch, capsys):
     assert f"{flag} must be at least" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["ernie_maddpg"], indirect=True)
 def test_a_run_that_overshot_its_total_is_resumed_and_evaluated_where_it_lies(script, monkeypatch, tmp_path):
     flags = [*flags_of(script), "--num-envs=4", "--total-timesteps=450", OFFLINE]
     assert call(script, monkeypatch, f"--runs-dir={tmp_path}/runs", *flags) == 0
     folder = only(tmp_path / "runs")
-    rows = read(folder / "metrics.csv")
+    rows = runs.read_rows(folder / "metrics.csv")
     assert int(rows[-1]["global_step"]) > 450
     (folder / "policy.pt").unlink()
     assert call(script, monkeypatch, "--resume", folder, OFFLINE) == 0
-    assert read(folder / "metrics.csv") == rows and (folder / "policy.pt").exists()
+    assert runs.read_rows(folder / "metrics.csv") == rows and (folder / "policy.pt").exists()
     moved = folder.rename(tmp_path / "moved")
     (moved / "robustness.csv").unlink()
     assert call(script, monkeypatch, "--evaluate", moved, OFFLINE) == 0
@@ -357,6 +364,7 @@ def spoil(folder, change) -> None:
     torch.save(checkpoint, folder / "checkpoint.pt")
 
 
+@pytest.mark.slow
 def test_a_foreign_or_old_checkpoint_is_named(script, copy, monkeypatch, capsys):
     folder = copy(script)
     whole = (folder / "checkpoint.pt").read_bytes()
@@ -380,6 +388,7 @@ def test_a_foreign_or_old_checkpoint_is_named(script, copy, monkeypatch, capsys)
     assert "set to their defaults: learning_rate" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["checkpoint.pt", "metrics.csv", "policy.pt", "table", "picture"])
 def test_a_full_disk_is_one_line_and_leaves_whole_files(script, monkeypatch, capsys, tmp_path, which):
     which = {"table": report_of(script)[0], "picture": report_of(script)[1]}.get(which, which)
@@ -453,6 +462,7 @@ def test_without_git_there_is_no_commit(monkeypatch):
 # ---------------------------------------------------------------- Weights & Biases
 
 
+@pytest.mark.slow
 def test_wandb_that_fails_does_not_stop_the_run(script, monkeypatch, capsys, tmp_path):
     wandb = pytest.importorskip("wandb")
 
@@ -547,6 +557,7 @@ def test_a_replay_without_room_for_an_episode_is_refused(script, monkeypatch, ca
     assert "--buffer-size must hold" in refused(script, monkeypatch, capsys, *flags, "--buffer-size=10")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["ernie_maddpg"], indirect=True)
 def test_an_attack_too_small_for_a_gradient_is_no_error(script, monkeypatch, tmp_path):
     flags = [*flags_of(script), "--epsilon=1e-8", OFFLINE, f"--runs-dir={tmp_path}"]

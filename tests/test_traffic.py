@@ -41,12 +41,19 @@ def rollout(env: traffic.Traffic, steps: int, seed: int = 0, step=None):
         state = result[0]
 
 
-@pytest.mark.parametrize("path", sorted(DATA.glob("*.json")), ids=lambda path: path.stem)
+RECORDINGS = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * path.stem.startswith("macro"))
+    for path in sorted(DATA.glob("*.json"))
+]
+
+
+@pytest.mark.parametrize("path", RECORDINGS)
 def test_recordings_of_sumo(path):
     for quantity, (error, tolerance) in replay.replay_traffic(path, {}).items():
         assert error <= tolerance, quantity
 
 
+@pytest.mark.slow
 def test_replay_command_tells_good_from_bad(tmp_path, capsys):
     source = DATA / "micro_krauss.json"
     shutil.copy(source, tmp_path)
@@ -63,6 +70,7 @@ def test_replay_command_tells_good_from_bad(tmp_path, capsys):
     assert replay.main(["traffic", str(tmp_path / "missing")]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", MODELS, ids=lambda fields: fields["model"])
 @pytest.mark.parametrize("size", [(2, 2), (1, 3)], ids=str)
 def test_what_always_holds(fields, size):
@@ -154,6 +162,7 @@ def test_observation_and_reward_by_hand():
             assert info["emergency"].item() == -0.25 * stops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", MODELS, ids=lambda fields: fields["model"])
 def test_compiled_step_equals_eager_and_compiles_once(fields):
     env = make(4, capacity=40, **fields)
@@ -238,6 +247,7 @@ def test_fixed_time_lights_fall_in_step(offset):
     assert (changes.diff() == 15).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id", traffic.TASKS)
 def test_tasks_controllers_and_pictures(env_id):
     """Better control is better: of random switching and a fixed time, the latter keeps fewer cars waiting."""
@@ -309,6 +319,7 @@ def test_wrong_settings(options, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_speed_and_gif_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(traffic.write_gif, "__defaults__", (2,))
     path = tmp_path / "traffic.gif"
