@@ -26,9 +26,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below prints no traceback
 
 import itertools
-import json
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -47,7 +45,7 @@ from tqdm import tqdm
 import envs
 from envs import bimatrix, runs
 from envs.bimatrix import Bimatrix
-from envs.runs import Name, Threads
+from envs.runs import Name, Threads, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # what is known of a batch of games, its random numbers, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
@@ -210,7 +208,8 @@ class MLP:
         for x in inputs:
             x = x.mT.contiguous().expand(-1, N, -1, -1)  # [S, N, in, M]
             end = start + x.shape[2]
-            h = torch.baddbmm(h, weight[:, :, start:end], x.flatten(0, 1))
+            part = weight[:, :, start:end]
+            h = torch.baddbmm(h, part, x.flatten(0, 1))
             start = end
         for weight, bias in rest:
             h = ACTIVATIONS[self.activation](h)
@@ -260,7 +259,8 @@ def make_learner(task: Task, nets: Nets, learning: Iterable[str] = PLAYERS) -> L
     env, args = task.env, task.args
     optimizers = {}
     for name in learning:
-        optimizers[name] = torch.optim.Adam([nets[name].flat], args.learning_rate, fused=True)
+        flat = nets[name].flat
+        optimizers[name] = torch.optim.Adam([flat], args.learning_rate, fused=True)
     lambdas = task.settings["lambda_init"][:, None].repeat(1, 2)
     values = lambdas.new_zeros(len(lambdas), 3, env.horizon, env.num_states)
     return Learner(nets, optimizers, lambdas, values)
@@ -327,7 +327,8 @@ def play(env: Bimatrix, probs: list[Tensor], noise: Batch) -> tuple[Tensor, Tens
             for threshold in thresholds:
                 count = count + (u >= threshold.index_select(0, row))
             move.append(count.view(R, B))
-        states.append(env.transition[states[-1], move[0], move[1], move[2]])
+        first, second, planner = move
+        states.append(env.transition[states[-1], first, second, planner])
         moves.append(torch.stack(move))
     return torch.stack(states, -1), torch.stack(moves)
 
@@ -684,28 +685,14 @@ def play_tests(task: Task, planner: MLP) -> Batch:
     policies = joint_policy(task, nets)
     reward = bimatrix.exact_value(env, policies, q=q)[:, 2]
     regret = bimatrix.regret(env, policies, q=q)[:, :2].amax(1)
-    return {"planner_reward": reward.view(Q, S).T, "agent_regret": regret.view(Q, S).T}
+    return {
+        "planner_reward": reward.view(Q, S).T,
+        "agent_regret": regret.view(Q, S).T,
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Runs: device, folder, logs
-
-
-def setup(args: Args) -> torch.device:
-    """Torch settings and the device. Under torchrun each process trains its share of the seeds, as a run of its own."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    if args.num_seeds % world_size:
-        raise ValueError(f"--num-seeds must be a multiple of torchrun's {world_size} processes, got {args.num_seeds}")
-    args.num_seeds //= world_size
-    args.seed += rank * args.num_seeds
-    torch.set_num_threads(args.num_threads)
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # filling costs a tenth of an update
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it
-    if args.cuda and torch.cuda.is_available():
-        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    return torch.device("cpu")
+# Environment and logs
 
 
 def make_env(args: Args, num_envs: int, device: torch.device) -> Bimatrix:
@@ -738,19 +725,6 @@ def make_task(env: Bimatrix, args: Args) -> Task:
     if "domain-randomization" in args.method:
         settings["noise"] = settings["q"].new_zeros(len(labels), 2, env.num_states, env.num_moves**2)
     return Task(env, args, settings, make_features(env, args))
-
-
-def make_run_dir(args: Args) -> Path:
-    """The run's folder, new unless one is given, and in it args.json: the arguments, the git commit and versions."""
-    given = args.resume or args.evaluate
-    env_id = args.env_id.replace(":", "_")
-    name = f"{env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"
-    run_dir = runs.folder(given) if given else Path(args.runs_dir, name)
-    run_dir.mkdir(parents=True, exist_ok=given is not None)
-    if not args.evaluate:
-        with runs.locked(run_dir), runs.written(run_dir / "args.json") as file:
-            json.dump(asdict(args) | runs.provenance(__file__), file, indent=2)
-    return run_dir
 
 
 def log(run: runs.Run, step: int, metrics: Batch) -> None:
@@ -865,7 +839,8 @@ def main() -> None:
         weights = {name: net.flat for name, net in nets.items()}
         if checkpoint:
             runs.restore({"nets": weights}, checkpoint)
-        run = runs.Run(make_run_dir(args), args.labels, checkpoint.get("rows", []))
+        rows = checkpoint.get("rows", [])
+        run = runs.Run(make_run_dir(args, __file__), args.labels, rows)
     if not args.evaluate:
         with runs.training(run.dir):
             runs.start_wandb(run, args)

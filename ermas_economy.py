@@ -31,9 +31,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below prints no traceback
 
-import json
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -52,7 +50,7 @@ from tqdm import tqdm
 import envs
 from envs import economy, perturb, runs
 from envs.economy import BUILD, Economy, State
-from envs.runs import Name, Share, Threads
+from envs.runs import Name, Share, Threads, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # episodes, samples, or metrics [S]
 Generators = list[torch.Generator]  # one per run
@@ -201,7 +199,8 @@ class Learner:
 
     def trained(self) -> dict:
         """What policy.pt holds."""
-        return {"nets": {name: net.flat for name, net in self.nets.items()}, "last": vars(self.last)}
+        nets = {name: net.flat for name, net in self.nets.items()}
+        return {"nets": nets, "last": vars(self.last)}
 
     def everything(self) -> dict:
         """What a checkpoint holds of it."""
@@ -247,7 +246,8 @@ class MLP:
         for x in inputs:
             x = x.mT.contiguous().expand(-1, N, -1, -1)  # [S, N, in, M]
             end = start + x.shape[2]
-            h = torch.baddbmm(h, weight[:, :, start:end], x.flatten(0, 1))
+            part = weight[:, :, start:end]
+            h = torch.baddbmm(h, part, x.flatten(0, 1))
             start = end
         for weight, bias in rest:
             h = ACTIVATIONS[self.activation](h)
@@ -316,7 +316,8 @@ def make_learner(env: Economy, streams: dict[str, Generators], args: Args) -> Le
     for name, heads in (("agents", 2), ("planner", 1)):
         zeros = torch.zeros(S, heads, 3, dtype=torch.float64, device=env.device)
         moments[name] = Moments(zeros)
-    lambdas = torch.full((S, env.num_agents), args.lambda_init, dtype=env.dtype, device=env.device)
+    lambdas = torch.zeros(S, env.num_agents, dtype=env.dtype, device=env.device)
+    lambdas += args.lambda_init
     return Learner(nets, make_optimizers(nets, args), moments, lambdas, streams)
 
 
@@ -353,7 +354,8 @@ def own_slices(x: Tensor) -> Tensor:
 def act(net: MLP, deviations: MLP | None, obs: Tensor, valid: Tensor, generators: Generators) -> Batch:
     """What is remembered of a choice [S, n, L, B, ...]: obs, valid, actions or a planner's rates, by the same random
     numbers in all slices, and their log-probabilities. In slice i agent i acts by its deviation."""
-    logp = log_policy(net, obs.flatten(1, 3).unsqueeze(1), valid.flatten(1, 3).unsqueeze(1))
+    seen = obs.flatten(1, 3).unsqueeze(1)
+    logp = log_policy(net, seen, valid.flatten(1, 3).unsqueeze(1))
     logp = logp.reshape(valid.shape)
     if deviations is not None:
         own = log_policy(deviations, own_slices(obs), own_slices(valid))
@@ -493,8 +495,10 @@ def ppo_loss(learner: Learner, name: str, batch: Batch, correction: Tensor | flo
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     gain = torch.minimum(ratio * advantages, clipped * advantages)
-    entropy = -(logp.exp() * logp).flatten(3).sum(-1).mean((1, 2))  # of all brackets
-    value_loss = (critic(batch["obs"]) - batch["returns"]).square().mean((1, 2, 3))
+    surprise = -(logp.exp() * logp).flatten(3)
+    entropy = surprise.sum(-1).mean((1, 2))  # of all brackets
+    error = critic(batch["obs"]) - batch["returns"]
+    value_loss = error.square().mean((1, 2, 3))
     policy_loss = -gain.mean((1, 2))
     ent_coef = learner.optimizers[name].param_groups[0]["ent_coef"]
     loss = policy_loss - ent_coef * entropy + args.vf_coef * value_loss
@@ -671,7 +675,9 @@ def deviate(task: Task, learner: Learner, episodes: Batch) -> tuple[Batch, list[
         deviations = replace(agents, flat=flat)
         kl = mean_kl(anchor, policy(flat).detach())
         joint_games, own_games = rollout(task, learner, deviations)
-        gains.append(own_games["rewards"].mean((2, 3)) - joint_games["rewards"].mean((2, 3)))
+        own_reward = own_games["rewards"].mean((2, 3))
+        joint_reward = joint_games["rewards"].mean((2, 3))
+        gains.append(own_reward - joint_reward)
         joint.append(joint_games)
         own = own_samples(learner, own_games, args)
         path.append(policy_gradient(deviations, own))
@@ -830,37 +836,7 @@ def play_last(task: Task, learner: Learner, run_dir: Path) -> Batch:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Runs: device, folder, logs
-
-
-def setup(args: Args) -> torch.device:
-    """Torch settings and the device. Under torchrun each process trains its share of the seeds, as a run of its own."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    if args.num_seeds % world_size:
-        raise ValueError(f"--num-seeds must be a multiple of torchrun's {world_size} processes, got {args.num_seeds}")
-    args.num_seeds //= world_size
-    args.seed += rank * args.num_seeds
-    torch.set_num_threads(args.num_threads)
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # filling costs a tenth of an update
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it
-    if args.cuda and torch.cuda.is_available():
-        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    return torch.device("cpu")
-
-
-def make_run_dir(args: Args) -> Path:
-    """The run's folder, new unless one is given, and in it args.json: the arguments, the git commit and versions."""
-    given = args.resume or args.evaluate
-    env_id = args.env_id.replace(":", "_")
-    name = f"{env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"
-    run_dir = runs.folder(given) if given else Path(args.runs_dir, name)
-    run_dir.mkdir(parents=True, exist_ok=given is not None)
-    if not args.evaluate:
-        with runs.locked(run_dir), runs.written(run_dir / "args.json") as file:
-            json.dump(asdict(args) | runs.provenance(__file__), file, indent=2)
-    return run_dir
+# Environment and logs
 
 
 def log(run: runs.Run, step: int, metrics: Batch) -> None:
@@ -1010,7 +986,7 @@ def main() -> None:
             runs.restore(learner.trained(), checkpoint)
         rows = checkpoint.get("rows", [])
         labels = [{"seed": args.seed + k} for k in range(args.num_seeds)]
-        run = runs.Run(make_run_dir(args), labels, rows)
+        run = runs.Run(make_run_dir(args, __file__), labels, rows)
     if not args.evaluate:
         with runs.training(run.dir):
             runs.start_wandb(run, args)

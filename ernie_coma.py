@@ -20,9 +20,7 @@ Axes: S seeds, N agents, B environments of a seed, T steps of a rollout, M = B *
 What an agent sees, does and is worth is [S, N, M, ...], in rollouts [S, N, B, T, ...]; actions are one-hot.
 """
 
-import json
 import math
-import os
 import signal
 import time
 from collections import defaultdict
@@ -44,7 +42,7 @@ from torch import Tensor
 
 import envs
 from envs import Env, particle, perturb, robustness, runs, sumo, traffic
-from envs.runs import Name, Share, Threads
+from envs.runs import Name, Share, Threads, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # rollouts, samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
@@ -73,8 +71,9 @@ class Args:
     log_interval: PositiveInt = 96_000  # environment steps between two rows of metrics.csv
     checkpoint_interval: PositiveInt = 192_000  # environment steps between two checkpoints
     eval_policy: Literal["greedy", "sample"] = "greedy"  # the likeliest action, or a sample as in training
-    eval_episodes: PositiveInt | None = None
-    """episodes of one seed at each point of the robustness report; default: 4 of traffic, else 1,000"""
+    eval_episodes: NonNegativeInt | None = None
+    """episodes of one seed at each point of the robustness report, 0: none; default: 4 of traffic, 10 of PettingZoo's
+    environments, else 1,000"""
     eval_warmup: NonNegativeInt = 1000  # traffic: seconds of random switching before an evaluation (paper: 1,000)
     eval_seconds: PositiveInt = 1000  # traffic: seconds of an evaluation (paper: 4,000)
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account; `wandb sync` later
@@ -83,7 +82,11 @@ class Args:
 
     # COMA
     env_id: str = "traffic_grid_v0"
-    """traffic_grid_v0, traffic_irregular_v0, traffic_atlanta_v0, a particle task, or zoo:package.module (PettingZoo)"""
+    """traffic_grid_v0, traffic_irregular_v0, traffic_atlanta_v0, a particle task, or PettingZoo's zoo:package.module or
+    zoo:namespace/Name-v0"""
+    env_kwargs: tuple[str, ...] = ()  # its keywords or constants, name=value or JSON
+    cooperators: tuple[str, ...] = ()  # PettingZoo: first letters of the agents that are the team; default: all
+    num_workers: PositiveInt | None = None  # PettingZoo: processes for the environments; default: one per core
     num_agents: PositiveInt | None = None  # N where the task allows a choice (simple_spread_v3)
     rows: Side | None = None  # rows of lights; default: the task's own (traffic_grid_v0: 2)
     cols: Side | None = None  # columns of lights; default: the task's own
@@ -92,11 +95,13 @@ class Args:
     model: Literal["idm", "krauss"] = "idm"  # car-following model (paper's code: idm)
     total_timesteps: PositiveInt = 960_000  # environment steps (seconds) of one seed (paper: 15,000)
     num_envs: PositiveInt = 32  # B, environments of one seed that step together (paper: 1)
-    horizon: PositiveInt = 2000  # traffic: seconds of an episode (paper: 3,000); a particle task has its own
+    horizon: PositiveInt | None = None
+    """steps of an episode; default: 2,000 s of traffic (paper: 3,000), else the task's own"""
     warmup: NonNegativeInt = 1000
     """traffic: of these, seconds of random switching at the start, not learnt from (paper's code: 1,000)"""
-    rollout_steps: PositiveInt = 5
-    """T, steps between updates, a divisor of the episode that is learnt from (paper's code: 50)"""
+    rollout_steps: PositiveInt | None = None
+    """T, steps between updates, a divisor of the episode that is learnt from (paper's code: 50); default: 5, of
+    PettingZoo's environments the whole episode, which a checkpoint cannot cut"""
     critic_updates: PositiveInt = 4  # gradient steps of the critic on each rollout; the policy takes one
     learning_rate: PositiveFloat = 1e-3  # Adam step size of the policies (paper's code: 5e-5)
     critic_learning_rate: PositiveFloat = 1e-3  # Adam step size of the critic (paper's code: 5e-4)
@@ -138,12 +143,15 @@ class Args:
         if self.idle_logit is None:
             self.idle_logit = 2.0 if self.is_traffic else 0.0
         if self.eval_episodes is None:
-            self.eval_episodes = 4 if self.is_traffic else 1000
+            few = 4 if self.is_traffic else 10
+            self.eval_episodes = few if self.is_traffic or self.is_zoo else 1000
+        if self.is_traffic and self.horizon is None:
+            self.horizon = 2000
         if self.backend != "torch" and not (self.evaluate and self.is_traffic):
             raise ValueError(f"backend must be torch unless evaluate is given, of traffic, got {self.backend}")
         if len(self.flow) > 1 and not all(isinstance(rate, float) for rate in self.flow):
             raise ValueError(f"flow must be a name, or numbers, got {self.flow}")
-        if self.warmup >= self.horizon:
+        if self.is_traffic and self.warmup >= self.horizon:
             raise ValueError(f"warmup must be below horizon, {self.horizon}, got {self.warmup}")
 
     @property
@@ -153,6 +161,10 @@ class Args:
     @property
     def is_traffic(self) -> bool:
         return self.env_id in traffic.TASKS
+
+    @property
+    def is_zoo(self) -> bool:
+        return self.env_id.startswith("zoo:")
 
     @property
     def regularized(self) -> bool:
@@ -198,7 +210,8 @@ class MLP:
         for x in inputs:
             x = x.mT.contiguous().expand(-1, N, -1, -1)  # [S, N, in, M]
             end = start + x.shape[2]
-            h = torch.baddbmm(h, weight[:, :, start:end], x.flatten(0, 1))
+            part = weight[:, :, start:end]
+            h = torch.baddbmm(h, part, x.flatten(0, 1))
             start = end
         for weight, bias in rest:
             h = ACTIVATIONS[self.activation](h)
@@ -260,8 +273,8 @@ def make_nets(env: Env, args: Args) -> tuple[Nets, dict[str, torch.optim.Optimiz
 
 
 def policy(actor: MLP, obs: Tensor, env: Env) -> Tensor:
-    """Logits at normalised obs: [S, N, M, O] -> [S, N, M, A], -1e9 in padding."""
-    return torch.where(env.action_mask[:, None], actor(obs), -1e9)
+    """Logits at normalised obs: [S, N, M, O] -> [S, N, M, A], -1e9 of what is not legal."""
+    return torch.where(envs.legal_actions(obs, env), actor(obs), -1e9)
 
 
 def one_hot_best(output: Tensor) -> Tensor:
@@ -269,12 +282,14 @@ def one_hot_best(output: Tensor) -> Tensor:
     return F.one_hot(output.argmax(-1), output.shape[-1]).to(output.dtype)
 
 
-def mixed_logprobs(output: Tensor, exploration: Tensor, env: Env) -> Tensor:
-    """Log-probabilities [S, N, M, A] of the policies that act: softmax of logits, mixed with the uniform one."""
-    num_actions = env.action_mask.sum(1, keepdim=True).to(output.dtype)
-    uniform = torch.where(env.action_mask, -num_actions.log(), -1e9)
+def mixed_logprobs(output: Tensor, exploration: Tensor) -> Tensor:
+    """Log-probabilities [S, N, M, A] of the policies that act: softmax of logits, mixed with the uniform one of what is
+    legal."""
+    is_legal = output > -1e8
+    num_actions = is_legal.sum(-1, keepdim=True).to(output.dtype)
+    uniform = torch.where(is_legal, -num_actions.log(), -1e9)
     softmax = torch.log1p(-exploration) + output.log_softmax(-1)
-    return torch.logaddexp(softmax, exploration.log() + uniform[:, None])
+    return torch.logaddexp(softmax, exploration.log() + uniform)
 
 
 def counterfactual_values(critic: MLP, obs: Tensor, actions: Tensor) -> Tensor:
@@ -328,7 +343,7 @@ def regularizer(nets: Nets, obs: Tensor, clean: Tensor, noise: Tensor, env: Env,
     """R [S, N, M] of each agent at each normalised observation [S, N, M, O] and its perturbation delta in units of
     epsilon_units; `clean` is the policy's output there, which the loss has too; noise is standard normal. Entries of an
     observation that do not vary stay so."""
-    unit = nets["normalizer"].unit(args.epsilon_units)
+    unit = nets["normalizer"].unit(args.epsilon_units) * env.obs_mask[:, None]  # an action mask stays as it is
     live = (unit > 0).to(obs.dtype)  # [S, N, 1, O]
     noise = noise * live
 
@@ -384,14 +399,19 @@ def diagnose(nets: Nets, obs: Tensor, noise: Tensor, env: Env, args: Args) -> Ba
 # parameters.
 
 
-def td_lambda_targets(rewards: Tensor, values: Tensor, terminated: Tensor, args: Args) -> Tensor:
+def td_lambda_targets(
+    rewards: Tensor, values: Tensor, terminated: Tensor, args: Args, live: Tensor | None = None
+) -> Tensor:
     """TD(lambda) targets [S, N, B, T]: G_t = r_t + gamma ((1 - lambda) Q_t+1 + lambda G_t+1), G_T = Q_T. rewards [S, N,
-    B, T]; values [S, N, B, T + 1] are Q of the actions that were taken; terminated [S, 1, B, T]."""
+    B, T]; values [S, N, B, T + 1] are Q of the actions that were taken; terminated [S, 1 or N, B, T]. Where an agent is
+    not `live`, it had ended, and G is Q: the step before was cut, not terminated."""
     target = values[..., -1]
     targets = []
     for t in reversed(range(rewards.shape[-1])):
         blend = (1 - args.td_lambda) * values[..., t + 1] + args.td_lambda * target
         target = rewards[..., t] + args.gamma * (1 - terminated[..., t]) * blend
+        if live is not None:
+            target = torch.where(live[..., t] > 0, target, values[..., t])
         targets.append(target)
     return torch.stack(targets[::-1], -1)
 
@@ -416,12 +436,16 @@ def prepare(nets: Nets, episodes: Batch, policy_steps: int, env: Env, args: Args
     q = counterfactual_values(nets["critic_target"], obs.flatten(2, 3), actions.flatten(2, 3))
     q = q.unflatten(2, obs.shape[2:4])
     rewards = args.reward_scale * team_rewards(episodes["rewards"], env, args)
-    targets = td_lambda_targets(rewards, (q * actions).sum(-1), episodes["terminated"], args)
-    return episodes | {
+    live = episodes.get("live")
+    targets = td_lambda_targets(rewards, (q * actions).sum(-1), episodes["terminated"], args, live)
+    samples = {
         "obs": obs[:, :, :, :-1].flatten(2, 3),
         "actions": actions[:, :, :, :-1].flatten(2, 3),
         "targets": targets.flatten(2),
     }
+    if live is not None:
+        samples["live"] = live.flatten(2)
+    return episodes | samples
 
 
 def critic_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tensor, Batch]:
@@ -429,24 +453,27 @@ def critic_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tensor,
     TD(lambda) targets. Returns loss, metrics [S]."""
     q = counterfactual_values(nets["critic"], batch["obs"], batch["actions"])
     taken = (q * batch["actions"]).sum(-1)
-    loss = 0.5 * (taken - batch["targets"]).square().mean((1, 2))
-    return loss.sum(), {"losses/critic": loss.detach(), "losses/q_values": taken.detach().mean((1, 2))}
+    mean = partial(envs.live_mean, live=batch.get("live"))
+    loss = 0.5 * mean((taken - batch["targets"]).square()).mean(1)
+    return loss.sum(), {"losses/critic": loss.detach(), "losses/q_values": mean(taken.detach()).mean(1)}
 
 
 def actor_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tensor, Batch]:
     """ALGO LOGIC: Eq. (16) of appendix E.3, -E[sum_n log pi_n A_n], minus the entropy bonus, plus lambda R (Eq. 5) of
     cooperating agents. A_n(s, a) = Q(s, a) - sum_a' pi_n(a' | o_n) Q(s, (a_-n, a')). Returns loss, metrics [S]."""
     obs, actions = batch["obs"], batch["actions"]
+    live = batch.get("live")
+    mean = partial(envs.live_mean, live=live)
     output = policy(nets["actor"], obs, env)  # [S, N, M, A]
-    logprobs = mixed_logprobs(output, batch["exploration"], env)
+    logprobs = mixed_logprobs(output, batch["exploration"])
     with torch.no_grad():
         q = counterfactual_values(nets["critic"], obs, actions)
         advantages = ((actions - logprobs.exp()) * q).sum(-1)  # [S, N, M]
-        spread = advantages.flatten(1).std(1, correction=0) + 1e-8  # [S]
+        spread = envs.std_mean(advantages, (1, 2), live)[0].flatten() + 1e-8  # [S]
         if args.normalize_advantage:
             advantages = advantages / spread[:, None, None]
-    entropy = -(logprobs.exp() * logprobs).sum(-1).mean(2)  # [S, N]
-    gain = ((logprobs * actions).sum(-1) * advantages).mean(2)
+    entropy = mean(-(logprobs.exp() * logprobs).sum(-1))  # [S, N]
+    gain = mean((logprobs * actions).sum(-1) * advantages)
     loss = -gain - batch["entropy_coef"] * entropy
     metrics = {
         "losses/policy": -gain.detach().mean(1),
@@ -456,7 +483,7 @@ def actor_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tensor, 
     if args.regularized:
         obs, clean = obs[:, :, : args.reg_batch_size], output[:, :, : args.reg_batch_size]
         change, _ = regularizer(nets, obs, clean, batch["perturbation"], env, args)
-        change = change.mean(2)  # [S, N]
+        change = mean(change)  # [S, N]
         loss = loss + args.reg_coef * change * env.cooperators
         metrics["ernie/regularizer"] = envs.team_mean(change.detach(), env)
     return loss.sum(), metrics
@@ -482,26 +509,6 @@ def update(nets: Nets, optimizers: dict, losses: dict, batch: Batch, env: Env, a
 # Rollout of a few steps of long episodes, whose state goes on in the next one
 
 
-@torch.no_grad()
-def measure(step_env: Callable, env: Env, normalizer: Normalizer, generators: Generators, args: Args) -> None:
-    """Set the normaliser to what an episode of random actions shows; lights switch every tenth second with probability
-    1/2, as in the warm-up of the paper's code."""
-    period = 1
-    if args.is_traffic:
-        period = 10
-        env = replace(env, warmup=0, horizon=args.horizon)
-    state, obs = env.reset(generators)
-    seen = []
-    for t in range(env.horizon):
-        seen.append(envs.by_agent(obs, len(generators)))
-        action = perturb.random_actions(env, generators) * (t % period == 0)
-        state, obs, *_ = step_env(state, action, env.draw(generators))
-    seen = torch.cat(seen, 2).double()
-    std, mean = torch.std_mean(seen, 2, correction=0)  # [S, N, O]
-    std = torch.where(std > 1e-6 * mean.abs(), std, 0)  # only rounding varies elsewhere
-    normalizer.flat.copy_(torch.stack([mean, std], 2))
-
-
 def draw_rollout(env: Env, generators: Generators, args: Args) -> tuple[Tensor, list]:
     """The random numbers of a rollout: of actions, [S, T + 1, N, B, A], and of each step of the environments."""
     shape = (args.rollout_steps + 1, args.num_envs, *env.action_mask.shape)
@@ -515,7 +522,8 @@ def rollout(
 ) -> tuple[tuple, Batch, Batch]:
     """T steps of every environment from `start`, state and obs, with sampled actions. Returns where they end, the
     rollout, and mean outcomes [S]. The rollout: obs, normalised, and actions [S, N, B, T + 1, ...], the last one
-    not played, rewards [S, N, B, T], terminated [S, 1, B, T] and `schedule`."""
+    not played, rewards [S, N, B, T], terminated [S, 1, B, T] and `schedule`. Of PettingZoo's environments terminated is
+    each agent's, and `live` [S, N, B, T] is 0 where it had ended before: one episode follows another there."""
     noise, env_noise = draws
     state, obs = start
     S = len(noise)
@@ -523,7 +531,7 @@ def rollout(
 
     def act(obs: Tensor, action_noise: Tensor) -> Tensor:
         seen = nets["normalizer"](envs.by_agent(obs, S))
-        logprobs = mixed_logprobs(policy(nets["actor"], seen, env), schedule["exploration"], env)
+        logprobs = mixed_logprobs(policy(nets["actor"], seen, env), schedule["exploration"])
         action = one_hot_best(logprobs + action_noise)
         steps["obs"].append(seen)
         steps["actions"].append(action)
@@ -534,7 +542,10 @@ def rollout(
         state, obs, reward, terminated, _, info = step_env(state, action, step_noise)
         action = act(obs, noise[:, t])
         steps["rewards"].append(envs.by_agent(reward, S))
-        steps["terminated"].append(envs.by_agent(terminated[:, None].to(reward.dtype), S))
+        ended = info.get("terminated", terminated[:, None])
+        steps["terminated"].append(envs.by_agent(ended.to(reward.dtype), S))
+        if "live" in info:
+            steps["live"].append(envs.by_agent(info["live"], S))
         is_traffic = isinstance(env, traffic.Traffic)
         outcome = traffic.outcome(reward, info) if is_traffic else {"reward": envs.team_mean(reward, env)}
         for name, values in outcome.items():
@@ -631,7 +642,7 @@ def assess(nets: Nets, batch: Batch, env: Env, args: Args) -> Batch:
         lights = make_lights(nets, args, env.device, 2, 300)
         outcomes = robustness.drive(lights, [("clean", 0.0)], "test")
     else:
-        test_env = make_env(args, args.num_seeds * min(100, args.eval_episodes), env.device)
+        test_env = envs.for_tests(env, args.num_seeds * min(100, args.eval_episodes or 10))
         returns = robustness.evaluate(test_env, trained_policy(nets, test_env, args), streams)
         outcomes = {"reward": returns[:, :, env.cooperators]}
     metrics = {f"eval/{name}": values.flatten(1).mean(1) for name, values in outcomes.items()}
@@ -642,24 +653,7 @@ def assess(nets: Nets, batch: Batch, env: Env, args: Args) -> Batch:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Runs: device, folder, logs
-
-
-def setup(args: Args) -> torch.device:
-    """Torch settings and the device. Under torchrun each process trains its share of the seeds, as a run of its own."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    if args.num_seeds % world_size:
-        raise ValueError(f"--num-seeds must be a multiple of torchrun's {world_size} processes, got {args.num_seeds}")
-    args.num_seeds //= world_size
-    args.seed += rank * args.num_seeds
-    torch.set_num_threads(args.num_threads)
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # filling costs a tenth of an update
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it
-    if args.cuda and torch.cuda.is_available():
-        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    return torch.device("cpu")
+# Environment and logs
 
 
 def make_env(args: Args, num_envs: int, device: torch.device, **lights) -> Env:
@@ -672,23 +666,13 @@ def make_env(args: Args, num_envs: int, device: torch.device, **lights) -> Env:
     if args.is_traffic:
         fields = lights if "env_id" in lights else fields | lights
         fields["model"] = args.model
+    else:
+        fields |= envs.task_options(args)
     env = envs.make(num_envs=num_envs, device=device, continuous_actions=False, **fields)
+    env = envs.for_training(env, args)
     if not env.discrete:
         raise ValueError(f"--env-id must have discrete actions, got {args.env_id}")
     return sumo.from_traffic(env) if args.backend == "sumo" else env
-
-
-def make_run_dir(args: Args) -> Path:
-    """The run's folder, new unless one is given, and in it args.json: the arguments, the git commit and versions."""
-    given = args.resume or args.evaluate
-    env_id = args.env_id.replace(":", "_")
-    name = f"{env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"
-    run_dir = runs.folder(given) if given else Path(args.runs_dir, name)
-    run_dir.mkdir(parents=True, exist_ok=given is not None)
-    if not args.evaluate:
-        with runs.locked(run_dir), runs.written(run_dir / "args.json") as file:
-            json.dump(asdict(args) | runs.provenance(__file__), file, indent=2)
-    return run_dir
 
 
 def log(run: runs.Run, step: int, metrics: Batch) -> None:
@@ -707,6 +691,9 @@ def log(run: runs.Run, step: int, metrics: Batch) -> None:
     runs.log_wandb(run, rows, step)
 
 
+load_policy = robustness.loader(Args, make_env, make_nets, trained_policy)  # act = load_policy("runs/RUN")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -721,7 +708,7 @@ def compiled(env: Env, args: Args) -> tuple[Callable, dict[str, Callable]]:
     compile = partial(torch.compile, fullgraph=True, dynamic=False, options={"comprehensive_padding": False})
     if env.device.type == "cuda":  # on CPUs torch 2.13 gets the gradient through an attack wrong
         losses = {name: compile(loss) for name, loss in losses.items()}
-    return env.step if args.env_id.startswith("zoo:") else compile(env.step), losses
+    return env.step if args.is_zoo else compile(env.step), losses
 
 
 def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, checkpoint: dict) -> None:
@@ -747,7 +734,11 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
         for name, values in checkpoint["window"].items():
             window[name] = [value.to(env.device) for value in values]
     else:
-        measure(step_env, env, nets["normalizer"], new_streams("norm"), args)
+        period, norm_env = 1, env
+        if args.is_traffic:  # lights switch every tenth second with probability 1/2, as in the paper's warm-up
+            period, norm_env = 10, replace(env, warmup=0, horizon=args.horizon)
+        moments = perturb.observation_moments(step_env, norm_env, new_streams("norm"), period)
+        nets["normalizer"].flat.copy_(moments)
 
     started, first_step = time.perf_counter(), step
     bar = runs.progress_bar(args.total_timesteps, step)
@@ -809,11 +800,11 @@ def main() -> None:
     with runs.exits(2, ValueError, ImportError, OSError):
         args, checkpoint = runs.parse_args(Args, __doc__)
         device = setup(args)
-        learnt = args.horizon - args.warmup
-        env = make_env(args, args.num_seeds * args.num_envs, device, warmup=args.warmup, horizon=learnt)
+        lights = {"warmup": args.warmup, "horizon": args.horizon - args.warmup} if args.is_traffic else {}
+        env = make_env(args, args.num_seeds * args.num_envs, device, **lights)
+        args.rollout_steps = args.rollout_steps or (env.horizon if args.is_zoo else 5)
         num_rollouts, rest = divmod(env.horizon, args.rollout_steps)
-        is_python = args.env_id.startswith("zoo:")  # a checkpoint cannot cut its episodes
-        if rest or (is_python and num_rollouts > 1):
+        if rest or (args.is_zoo and num_rollouts > 1):
             raise ValueError(f"--rollout-steps must fit an episode's {env.horizon} steps, got {args.rollout_steps}")
         runs.check_memory(env, args)
         nets, optimizers = make_nets(env, args)
@@ -822,7 +813,7 @@ def main() -> None:
             runs.restore({"nets": weights}, checkpoint)
         rows = checkpoint.get("rows", [])
         labels = [{"seed": seed} for seed in args.seeds]
-        run = runs.Run(make_run_dir(args), labels, rows)
+        run = runs.Run(make_run_dir(args, __file__), labels, rows)
     if not args.evaluate:
         with runs.training(run.dir):
             runs.start_wandb(run, args)
@@ -831,16 +822,18 @@ def main() -> None:
     with runs.reporting(run.dir):
         make_policy = partial(trained_policy, nets, args=args)
         labels = {"env_id": args.env_id, "policy": args.regularizer}
-        if args.is_traffic:
+        if args.eval_episodes and args.is_traffic:
             name = "robustness" if args.backend == "torch" else "robustness_sumo"
             lights = make_lights(nets, args, device, args.eval_episodes, math.inf)
             robustness.report_lights(lights, robustness.LIGHTS, robustness.NETWORKS, run, labels, name)
-        else:
-            env = make_env(args, args.num_seeds * args.eval_episodes, device)
-            robustness.report(env, make_policy, SWEEP, run, labels)
+        elif args.eval_episodes:
+            test_env = envs.for_tests(env, args.num_seeds * args.eval_episodes)
+            robustness.report(test_env, make_policy, SWEEP, run, labels)
         if args.capture_video:
-            seconds = min(120, args.eval_seconds)
-            env = make_env(replace(args, backend="torch"), args.num_seeds, device, horizon=seconds)
+            env = envs.for_tests(env, args.num_seeds)
+            if args.is_traffic:
+                seconds = min(120, args.eval_seconds)
+                env = make_env(replace(args, backend="torch"), args.num_seeds, device, horizon=seconds)
             streams = envs.make_generators(args.seed, args.num_seeds, "video", device)
             envs.write_gif(env, make_policy(env).act, streams, run.dir / "episode.gif")
     print(f"results: {run.dir}")

@@ -25,9 +25,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below prints no traceback
 
-import json
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -45,7 +43,7 @@ from torch import Tensor
 
 import envs
 from envs import Env, perturb, robustness, runs
-from envs.runs import Name, Share, Threads
+from envs.runs import Name, Share, Threads, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
@@ -69,13 +67,19 @@ class Args:
     capture_video: bool = False  # write a GIF of an episode of the trained policy
     log_interval: PositiveInt = 10_000  # environment steps between two rows of metrics.csv
     checkpoint_interval: PositiveInt = 100_000  # environment steps between two checkpoints
-    eval_episodes: PositiveInt = 1000  # episodes of one seed at each point of the robustness report
+    eval_episodes: NonNegativeInt | None = None
+    """episodes of one seed at each point of the robustness report, 0: none; default: 10 of PettingZoo's environments,
+    else 1,000"""
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account; `wandb sync` later
     wandb_project_name: str = "robust-marl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
 
     # MADDPG
-    env_id: str = "simple_spread_v3"  # a particle task, or zoo:package.module for a PettingZoo parallel_env
+    env_id: str = "simple_spread_v3"  # a particle task, or PettingZoo's zoo:package.module or zoo:namespace/Name-v0
+    env_kwargs: tuple[str, ...] = ()  # its keywords or constants, name=value or JSON
+    horizon: PositiveInt | None = None  # steps after which an episode is cut; default: the task's own
+    cooperators: tuple[str, ...] = ()  # PettingZoo: first letters of the agents that are the team; default: all
+    num_workers: PositiveInt | None = None  # PettingZoo: processes for the environments; default: one per core
     num_agents: PositiveInt | None = None  # N where the task allows a choice (simple_spread_v3)
     continuous_actions: bool = True  # or discrete ones, by straight-through Gumbel-softmax
     total_timesteps: PositiveInt = 500_000  # environment steps of one seed
@@ -115,6 +119,8 @@ class Args:
         kinds = ("l2", "l2_squashed") if self.continuous_actions else ("kl", "l2_probs")
         if self.divergence == "auto":
             self.divergence = kinds[0]
+        if self.eval_episodes is None:
+            self.eval_episodes = 10 if self.is_zoo else 1000
         if self.attack_lr is None:
             self.attack_lr = 1.0 if self.attack_steps <= 1 else 2.5 / self.attack_steps
         if self.divergence not in kinds:
@@ -127,6 +133,10 @@ class Args:
     @property
     def seeds(self) -> range:
         return range(self.seed, self.seed + self.num_seeds)
+
+    @property
+    def is_zoo(self) -> bool:
+        return self.env_id.startswith("zoo:")
 
     @property
     def regularized(self) -> bool:
@@ -172,7 +182,8 @@ class MLP:
         for x in inputs:
             x = x.mT.contiguous().expand(-1, N, -1, -1)  # [S, N, in, M]
             end = start + x.shape[2]
-            h = torch.baddbmm(h, weight[:, :, start:end], x.flatten(0, 1))
+            part = weight[:, :, start:end]
+            h = torch.baddbmm(h, part, x.flatten(0, 1))
             start = end
         for weight, bias in rest:
             h = ACTIVATIONS[self.activation](h)
@@ -198,7 +209,10 @@ def make_nets(env: Env, args: Args) -> tuple[Nets, dict[str, torch.optim.Optimiz
     N, O = env.obs_mask.shape
     A = env.action_mask.shape[1]
     hidden = [args.hidden_size, args.hidden_size]
-    sizes = {"actor": [O, *hidden, A], "critic": [N * (O + A), *hidden, 1]}
+    sizes = {
+        "actor": [O, *hidden, A],
+        "critic": [N * (O + A), *hidden, 1],
+    }
     nets, optimizers = {}, {}
     for name in sizes:
         net = init_mlp(sizes[name], args.activation, N, generators)
@@ -209,8 +223,9 @@ def make_nets(env: Env, args: Args) -> tuple[Nets, dict[str, torch.optim.Optimiz
 
 
 def policy(actor: MLP, obs: Tensor, env: Env) -> Tensor:
-    """Actions before tanh, or logits: obs [S, N, M, O] -> [S, N, M, A]. Padding is 0, or -1e9 where discrete."""
-    return torch.where(env.action_mask[:, None], actor(obs), -1e9 if env.discrete else 0.0)
+    """Actions before tanh, or logits: obs [S, N, M, O] -> [S, N, M, A]. What is not legal is 0, or -1e9 if discrete."""
+    illegal = -1e9 if env.discrete else 0.0
+    return torch.where(envs.legal_actions(obs, env), actor(obs), illegal)
 
 
 def one_hot_best(output: Tensor) -> Tensor:
@@ -223,7 +238,8 @@ def squash(output: Tensor, env: Env) -> Tensor:
     if env.discrete:
         return one_hot_best(output)
     span = env.action_high - env.action_low
-    return (env.action_low + span * (torch.tanh(output) + 1) / 2) * env.action_mask[:, None]
+    action = env.action_low + span * (torch.tanh(output) + 1) / 2
+    return action * env.action_mask[:, None]
 
 
 def straight_through(logits: Tensor, noise: Tensor) -> Tensor:
@@ -363,7 +379,8 @@ def greedy_changes(critic: MLP, obs: Tensor, joint: Tensor, env: Env, args: Args
     repeated = obs.repeat_interleave(N * A, 2)
     choice = torch.eye(A, dtype=joint.dtype, device=joint.device)[:, None]  # [A, 1, A]
     agent = torch.arange(N * A, device=joint.device) // A
-    allowed = env.action_mask.flatten().expand(*clean.shape, N * A)  # [S, N, M, N * A]
+    legal = envs.legal_actions(obs, env).expand(*obs.shape[:3], A)
+    allowed = everybody(legal).flatten(3).expand(*clean.shape, N * A)  # [S, N, M, N * A]
     changed = joint.expand(-1, N, -1, -1, -1)
     for _ in range(min(args.action_agents, N)):
         # agent j plays k instead, for all (j, k): [S, N, M, N * A, N, A]
@@ -415,16 +432,17 @@ def critic_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tensor,
         if args.minimax_epsilon > 0:
             next_joint = minimax_actions(nets["critic_target"], next_obs, next_joint, env, args)
         next_q = q_values(nets["critic_target"], next_obs, next_joint)
-        discount = args.gamma * (1 - batch["terminated"])  # [S, M]
-        target = batch["rewards"] + discount.unsqueeze(1) * next_q  # [S, N, M]
+        discount = args.gamma * (1 - batch["terminated"])  # [S, 1 or N, M]
+        target = batch["rewards"] + discount * next_q  # [S, N, M]
     q = q_values(nets["critic"], batch["obs"], everybody(batch["actions"]))
-    loss = (q - target).square().mean(2)  # [S, N]
+    mean = partial(envs.live_mean, live=batch.get("live"))
+    loss = mean((q - target).square())  # [S, N]
     metrics = {
         "losses/critic_loss": loss.detach().mean(1),
-        "losses/q_values": q.detach().mean((1, 2)),
+        "losses/q_values": mean(q.detach()).mean(1),
     }
     if args.action_reg_coef > 0:
-        change = action_regularizer(nets["critic"], batch, q, env, args).mean(2)
+        change = mean(action_regularizer(nets["critic"], batch, q, env, args))
         loss = loss + args.action_reg_coef * change * env.cooperators
         metrics["ernie/action_regularizer"] = envs.team_mean(change.detach(), env)
     return loss.sum(), metrics
@@ -434,6 +452,7 @@ def actor_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tensor, 
     """ALGO LOGIC: Eq. (5): -Q_i(x, a) at agent i's own present action, plus lambda R for cooperating agents. Returns
     loss, metrics [S]."""
     obs = batch["obs"]
+    mean = partial(envs.live_mean, live=batch.get("live"))
     critic = MLP(nets["critic"].flat.detach(), nets["critic"].sizes, args.activation)
     output = policy(nets["actor"], obs, env)  # [S, N, M, A]
     action = straight_through(output, batch["gumbel"]) if env.discrete else squash(output, env)
@@ -442,14 +461,14 @@ def actor_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tensor, 
     if args.minimax_epsilon > 0:
         moved = minimax_actions(critic, obs, joint.detach(), env, args)
         joint = torch.where(own_slot(env), joint, moved)
-    policy_loss = -q_values(critic, obs, joint).mean(2)  # [S, N]
-    penalty = (output * env.action_mask[:, None]).square().mean((2, 3))
-    loss = policy_loss + args.policy_l2 * penalty
+    policy_loss = -mean(q_values(critic, obs, joint))  # [S, N]
+    penalty = (output * envs.legal_actions(obs, env)).square().mean(3)
+    loss = policy_loss + args.policy_l2 * mean(penalty)
     metrics = {"losses/actor_loss": policy_loss.detach().mean(1)}
     if args.regularized:
         obs, clean = obs[:, :, : args.reg_batch_size], output[:, :, : args.reg_batch_size]
         change, _ = regularizer(nets["actor"], obs, clean, batch["perturbation"], env, args)
-        change = change.mean(2)  # [S, N]
+        change = mean(change)  # [S, N]
         loss = loss + args.reg_coef * change * env.cooperators
         metrics["ernie/regularizer"] = envs.team_mean(change.detach(), env)
     return loss.sum(), metrics
@@ -476,7 +495,9 @@ def update(nets: Nets, optimizers: dict, losses: dict, batch: Batch, env: Env, a
 
 @torch.no_grad()
 def rollout(step_env: Callable, env: Env, actor: MLP, std: float, generators: Generators) -> Batch:
-    """Episodes with exploration: obs [S, B, T + 1, N, O], actions [S, B, T, N, A], rewards [S, B, T, N], terminated."""
+    """Episodes with exploration: obs [S, B, T + 1, N, O], actions [S, B, T, N, A], rewards [S, B, T, N], terminated
+    [S, B, T, 1]. Of PettingZoo's environments terminated is each agent's, and `live` [S, B, T, N] is 0 where it had
+    ended before: one episode follows another there."""
     S = len(generators)
     state, obs = env.reset(generators)
     N, A = env.action_mask.shape
@@ -493,31 +514,25 @@ def rollout(step_env: Callable, env: Env, actor: MLP, std: float, generators: Ge
             action = explored.clamp(env.action_low, env.action_high)
         action = action * env.action_mask[:, None]
         env_action = envs.for_env(action, env)
-        state, obs, reward, terminated, *_ = step_env(state, env_action, env.draw(generators))
+        state, obs, reward, terminated, _, info = step_env(state, env_action, env.draw(generators))
         steps["obs"].append(obs)
         steps["actions"].append(action.transpose(1, 2).flatten(0, 1))
         steps["rewards"].append(reward)
-        steps["terminated"].append(terminated.to(reward.dtype))
+        steps["terminated"].append(info.get("terminated", terminated[:, None]).to(reward.dtype))
+        if "live" in info:
+            steps["live"].append(info["live"])
     episodes = {name: torch.stack(values, 1) for name, values in steps.items()}
     return {name: values.unflatten(0, (S, -1)) for name, values in episodes.items()}
 
 
-def make_replay(env: Env, num_seeds: int, num_episodes: int) -> Batch:
-    """Room for E episodes of each seed, [S, E, ...] as `rollout` returns them."""
-    T = env.horizon
-    shapes = {
-        "obs": (T + 1, *env.obs_mask.shape),
-        "actions": (T, *env.action_mask.shape),
-        "rewards": (T, env.num_agents),
-        "terminated": (T,),
-    }
-    make = partial(torch.zeros, dtype=env.dtype, device=env.device)
-    return {name: make(num_seeds, num_episodes, *shape) for name, shape in shapes.items()}
+def make_replay(episodes: Batch, num_episodes: int) -> Batch:
+    """Room for E episodes of each seed like those that `rollout` returns, [S, E, ...]."""
+    return {name: values.new_zeros(len(values), num_episodes, *values.shape[2:]) for name, values in episodes.items()}
 
 
 def sample(replay: Batch, filled: int, args: Args, generators: Generators) -> Batch:
-    """Minibatch of the first `filled` episodes: obs, next_obs, actions, rewards [S, N, M, ...], terminated [S, M]."""
-    S, E, T = replay["terminated"].shape
+    """Minibatch of the first `filled` episodes: obs, next_obs, actions, rewards, terminated [S, N, M, ...]."""
+    S, E, T, _ = replay["terminated"].shape
     pick = envs.per_seed(partial(torch.randint, filled * T), (args.batch_size,), generators)
     seed = torch.arange(S, device=pick.device)
     pick = pick + E * T * seed[:, None]  # [S, M] into the flattened [S, E, T]
@@ -525,15 +540,10 @@ def sample(replay: Batch, filled: int, args: Args, generators: Generators) -> Ba
 
     def gather(name: str, index: Tensor) -> Tensor:
         samples = replay[name].flatten(0, 2).index_select(0, index.flatten())
-        return samples.unflatten(0, index.shape)
+        return samples.unflatten(0, index.shape).transpose(1, 2)
 
-    return {
-        "obs": gather("obs", row).transpose(1, 2),
-        "next_obs": gather("obs", row + 1).transpose(1, 2),
-        "actions": gather("actions", pick).transpose(1, 2),
-        "rewards": gather("rewards", pick).transpose(1, 2),
-        "terminated": gather("terminated", pick),
-    }
+    batch = {name: gather(name, row if name == "obs" else pick) for name in replay}
+    return batch | {"next_obs": gather("obs", row + 1)}
 
 
 def draw_noise(generators: Generators, env: Env, args: Args) -> Batch:
@@ -598,46 +608,20 @@ def trained_policy(nets: Nets, env: Env, args: Args) -> robustness.Policy:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Runs: device, folder, logs
-
-
-def setup(args: Args) -> torch.device:
-    """Torch settings and the device. Under torchrun each process trains its share of the seeds, as a run of its own."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    if args.num_seeds % world_size:
-        raise ValueError(f"--num-seeds must be a multiple of torchrun's {world_size} processes, got {args.num_seeds}")
-    args.num_seeds //= world_size
-    args.seed += rank * args.num_seeds
-    torch.set_num_threads(args.num_threads)
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # filling costs a tenth of an update
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it
-    if args.cuda and torch.cuda.is_available():
-        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    return torch.device("cpu")
+# Environment and logs
 
 
 def make_env(args: Args, num_envs: int, device: torch.device) -> Env:
-    env = envs.make(args.env_id, num_envs, device, torch.float32, args.num_agents, args.continuous_actions)
+    """The task of `args`. Raise ValueError where the arguments do not fit it."""
+    options = envs.task_options(args)
+    env = envs.make(args.env_id, num_envs, device, torch.float32, args.num_agents, args.continuous_actions, **options)
+    env = envs.for_training(env, args)
     if env.discrete == args.continuous_actions:
         raise ValueError(f"--continuous-actions must be {not env.discrete} with {args.env_id}")
     if args.buffer_size < args.num_envs * env.horizon:
-        raise ValueError(f"--buffer-size must hold an episode of each of --num-envs, got {args.buffer_size}")
+        needed = f"{env.horizon} steps (--horizon) of each of --num-envs"
+        raise ValueError(f"--buffer-size must hold an episode, {needed}, got {args.buffer_size}")
     return env
-
-
-def make_run_dir(args: Args) -> Path:
-    """The run's folder, new unless one is given, and in it args.json: the arguments, the git commit and versions."""
-    given = args.resume or args.evaluate
-    env_id = args.env_id.replace(":", "_")
-    name = f"{env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"
-    run_dir = runs.folder(given) if given else Path(args.runs_dir, name)
-    run_dir.mkdir(parents=True, exist_ok=given is not None)
-    if not args.evaluate:
-        with runs.locked(run_dir), runs.written(run_dir / "args.json") as file:
-            json.dump(asdict(args) | runs.provenance(__file__), file, indent=2)
-    return run_dir
 
 
 def log(run: runs.Run, step: int, metrics: Batch) -> None:
@@ -656,6 +640,9 @@ def log(run: runs.Run, step: int, metrics: Batch) -> None:
     runs.log_wandb(run, rows, step)
 
 
+load_policy = robustness.loader(Args, make_env, make_nets, trained_policy)  # act = load_policy("runs/RUN")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -669,7 +656,7 @@ def compiled(env: Env, args: Args) -> tuple[Callable, dict[str, Callable]]:
     attacks = args.regularized or args.action_reg_coef > 0
     if env.device.type == "cuda" or not attacks:  # on CPUs torch 2.13 gets the gradient through an attack wrong
         losses = {name: compile(loss) for name, loss in losses.items()}
-    return env.step if args.env_id.startswith("zoo:") else compile(env.step), losses
+    return env.step if args.is_zoo else compile(env.step), losses
 
 
 def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, checkpoint: dict) -> None:
@@ -681,7 +668,8 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
     streams = {purpose: new_streams(purpose) for purpose in ("rollout", "replay", "noise")}
     num_iterations = math.ceil(args.total_timesteps / steps_per_iteration)
     slots = min(args.buffer_size // steps_per_iteration, num_iterations)
-    replay = make_replay(env, S, slots * args.num_envs)  # a slot holds an episode of every environment
+    replay = {}  # of slots, each with an episode of every environment
+    test_env = envs.for_tests(env, S * min(args.num_envs, args.eval_episodes or 10))
     iteration = 0
     window = defaultdict(list)  # metrics [S] since the last row of metrics.csv
     if checkpoint:
@@ -689,7 +677,9 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             live = {"optimizers": optimizers, "streams": streams, "iteration": 0, "window": {}, "replay": {}}
             runs.restore(live, checkpoint)
         iteration = checkpoint["iteration"]
-        for name, values in checkpoint["replay"].items():
+        saved = {name: values.to(env.device) for name, values in checkpoint["replay"].items()}
+        replay = make_replay(saved, slots * args.num_envs)
+        for name, values in saved.items():
             replay[name][:, : values.shape[1]] = values
         for name, values in checkpoint["window"].items():
             window[name] = [value.to(env.device) for value in values]
@@ -703,8 +693,9 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             progress = step / args.total_timesteps
             std = args.exploration_noise + (args.exploration_noise_end - args.exploration_noise) * progress
             episodes = rollout(step_env, env, nets["actor"], std, streams["rollout"])
-            returns = episodes["rewards"].sum(2).mean(1)  # [S, N]
-            window["charts/episodic_return"].append(envs.team_mean(returns, env))
+            mean_return = envs.episodic_return(episodes["rewards"].sum(2), env)
+            window["charts/episodic_return"].append(mean_return)
+            replay = replay or make_replay(episodes, slots * args.num_envs)
             slot = iteration % slots * args.num_envs
             for name, values in episodes.items():
                 replay[name][:, slot : slot + args.num_envs] = values
@@ -724,7 +715,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             if num_updates > 0 and (done or step % args.log_interval < steps_per_iteration):
                 metrics = {name: torch.stack(values, 1).mean(1) for name, values in window.items()}
                 test_streams = new_streams("test")
-                returns = robustness.evaluate(env, trained_policy(nets, env, args), test_streams)
+                returns = robustness.evaluate(test_env, trained_policy(nets, test_env, args), test_streams)
                 metrics["eval/episodic_return"] = returns[:, :, env.cooperators].flatten(1).mean(1)
                 if args.regularized:
                     obs = sample(replay, filled, args, test_streams)["obs"]
@@ -766,25 +757,26 @@ def main() -> None:
             runs.restore({"nets": weights}, checkpoint)
         rows = checkpoint.get("rows", [])
         labels = [{"seed": seed} for seed in args.seeds]
-        run = runs.Run(make_run_dir(args), labels, rows)
+        run = runs.Run(make_run_dir(args, __file__), labels, rows)
     if not args.evaluate:
         with runs.training(run.dir):
             runs.start_wandb(run, args)
             train(env, nets, optimizers, args, run, checkpoint)
             runs.save(run.dir / "policy.pt", {"args": asdict(args), "nets": weights})
     with runs.reporting(run.dir):
-        env = make_env(args, args.num_seeds * args.eval_episodes, device)
         name = "robustness"
-        if args.backend == "pettingzoo":
-            from envs import zoo  # PettingZoo is needed for nothing else
-
-            env = zoo.original(env)
-            name = "robustness_pettingzoo"
         labels = {"env_id": args.env_id, "regularizer": args.regularizer}
         make_policy = partial(trained_policy, nets, args=args)
-        robustness.report(env, make_policy, SWEEP, run, labels, name)
+        if args.eval_episodes:
+            test_env = envs.for_tests(env, args.num_seeds * args.eval_episodes)
+            if args.backend == "pettingzoo":
+                from envs import zoo  # PettingZoo is needed for nothing else
+
+                test_env = zoo.original(test_env)
+                name = "robustness_pettingzoo"
+            robustness.report(test_env, make_policy, SWEEP, run, labels, name)
         if args.capture_video:
-            env = make_env(args, args.num_seeds, device)
+            env = envs.for_tests(env, args.num_seeds)
             streams = envs.make_generators(args.seed, args.num_seeds, "video", device)
             envs.write_gif(env, make_policy(env).act, streams, run.dir / "episode.gif")
     print(f"results: {run.dir}")

@@ -20,9 +20,7 @@ observation, A action. What an agent sees, does and is worth is [S, N, M, ...], 
 put out logits [S, N, M, A] or, with continuous actions, mean and log standard deviation side by side, [S, N, M, 2 A].
 """
 
-import json
 import math
-import os
 import signal
 import time
 from collections import defaultdict
@@ -44,7 +42,7 @@ from torch import Tensor
 
 import envs
 from envs import Env, bullet, drones, perturb, robustness, runs
-from envs.runs import Name, Share, Threads
+from envs.runs import Name, Share, Threads, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # episodes, samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
@@ -68,15 +66,21 @@ class Args:
     capture_video: bool = False  # write a GIF of an episode of the trained policy
     log_interval: PositiveInt = 50_000  # environment steps between two rows of metrics.csv
     checkpoint_interval: PositiveInt = 200_000  # environment steps between two checkpoints
-    eval_episodes: PositiveInt | None = None
-    """episodes of one seed at each point of the robustness report; default: 200 of drones, else 1,000"""
+    eval_episodes: NonNegativeInt | None = None
+    """episodes of one seed at each point of the robustness report, 0: none; default: 200 of drones, 10 of PettingZoo's
+    environments, else 1,000"""
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account; `wandb sync` later
     wandb_project_name: str = "robust-marl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
 
     # MAPPO
     env_id: str = "leader_follower_v0"
-    """leader_follower_v0, leader_follower_v1, hover_v0, a particle task, or zoo:package.module (PettingZoo)"""
+    """leader_follower_v0, leader_follower_v1, hover_v0, a particle task, or PettingZoo's zoo:package.module or
+    zoo:namespace/Name-v0"""
+    env_kwargs: tuple[str, ...] = ()  # its keywords or constants, name=value or JSON
+    horizon: PositiveInt | None = None  # steps after which an episode is cut; default: the task's own
+    cooperators: tuple[str, ...] = ()  # PettingZoo: first letters of the agents that are the team; default: all
+    num_workers: PositiveInt | None = None  # PettingZoo: processes for the environments; default: one per core
     num_agents: PositiveInt | None = None  # N where the task allows a choice (drones, simple_spread_v3)
     continuous_actions: bool = True  # or discrete ones; drones have continuous ones
     total_timesteps: PositiveInt = 1_000_000  # environment steps of one seed
@@ -124,7 +128,8 @@ class Args:
         if self.attack_lr is None:
             self.attack_lr = 1.0 if self.attack_steps <= 1 else 2.5 / self.attack_steps
         if self.eval_episodes is None:
-            self.eval_episodes = 200 if self.is_drones else 1000
+            few = 200 if self.is_drones else 10
+            self.eval_episodes = few if self.is_drones or self.is_zoo else 1000
         if self.divergence not in kinds:
             raise ValueError(f"divergence must be one of {kinds} with these actions, got {self.divergence}")
         if self.backend != "torch" and not (self.evaluate and self.is_drones):
@@ -137,6 +142,10 @@ class Args:
     @property
     def is_drones(self) -> bool:
         return self.env_id in drones.TASKS
+
+    @property
+    def is_zoo(self) -> bool:
+        return self.env_id.startswith("zoo:")
 
     @property
     def regularized(self) -> bool:
@@ -182,7 +191,8 @@ class MLP:
         for x in inputs:
             x = x.mT.contiguous().expand(-1, N, -1, -1)  # [S, N, in, M]
             end = start + x.shape[2]
-            h = torch.baddbmm(h, weight[:, :, start:end], x.flatten(0, 1))
+            part = weight[:, :, start:end]
+            h = torch.baddbmm(h, part, x.flatten(0, 1))
             start = end
         for weight, bias in rest:
             h = ACTIVATIONS[self.activation](h)
@@ -216,10 +226,11 @@ class Moments:
 
     flat: Tensor
 
-    def update(self, x: Tensor, decay: float) -> None:
-        """Take in x [S, N, B, T]."""
+    def update(self, x: Tensor, decay: float, live: Tensor | None = None) -> None:
+        """Take in x [S, N, B, T], of where `live` is 1."""
         x = x.flatten(2).double()
-        newest = torch.stack([x, x.square(), torch.ones_like(x)], 2)  # [S, N, 3, M]
+        weight = torch.ones_like(x) if live is None else live.flatten(2).double()
+        newest = torch.stack([x, x.square(), torch.ones_like(x)], 2) * weight.unsqueeze(2)  # [S, N, 3, M]
         self.flat.lerp_(newest.mean(3), 1 - decay)
 
     def mean_and_std(self) -> tuple[Tensor, Tensor]:
@@ -273,15 +284,17 @@ def make_nets(env: Env, args: Args) -> tuple[Nets, dict[str, torch.optim.Optimiz
 
 
 def policy(actor: MLP, obs: Tensor, env: Env, args: Args) -> Tensor:
-    """Logits, -1e9 in padding, or means and log standard deviations, 0 in padding, at normalised obs [S, N, M, O]."""
+    """Logits, -1e9 of what is not legal, or means and log standard deviations, 0 in padding, [S, N, M, A or 2 A], at
+    normalised obs [S, N, M, O]."""
     S, N, M, _ = obs.shape
+    legal = envs.legal_actions(obs, env)
     if args.share_parameters:
         number = torch.eye(N, device=obs.device)[:, None]
         obs = torch.cat([obs, number.expand(S, N, M, N)], -1)
         obs = obs.flatten(1, 2).unsqueeze(1)
     output = actor(obs).view(S, N, M, -1)
     if env.discrete:
-        return torch.where(env.action_mask[:, None], output, -1e9)
+        return torch.where(legal, output, -1e9)
     mean, log_std = output.chunk(2, -1)
     if not args.state_dependent_std:  # the bias alone
         _, bias = actor.layers()[-1]
@@ -374,7 +387,7 @@ def regularizer(nets: Nets, obs: Tensor, clean: Tensor, noise: Tensor, env: Env,
     """R [S, N, M] of each agent at each normalised observation [S, N, M, O] and its perturbation delta in units of
     epsilon_units; `clean` is the policy's output there, which the loss has too; noise is standard normal. Entries of an
     observation that do not vary stay so."""
-    unit = nets["normalizer"].unit(args.epsilon_units)
+    unit = nets["normalizer"].unit(args.epsilon_units) * env.obs_mask[:, None]  # an action mask stays as it is
     live = (unit > 0).to(obs.dtype)  # [S, N, 1, O]
     noise = noise * live
     clean = hold_std(clean, env, args)
@@ -432,15 +445,18 @@ def diagnose(nets: Nets, obs: Tensor, noise: Tensor, env: Env, args: Args) -> Ba
 # parameters.
 
 
-def gae(rewards: Tensor, values: Tensor, terminated: Tensor, args: Args) -> Tensor:
+def gae(rewards: Tensor, values: Tensor, terminated: Tensor, args: Args, live: Tensor | None = None) -> Tensor:
     """Generalised advantage estimates [S, N, B, T] (Schulman et al. 2016): rewards [S, N, B, T], values [S, N, B,
-    T + 1], terminated [S, 1, B, T]. After the last step the return goes on with its value: the time limit is no end."""
+    T + 1], terminated [S, 1 or N, B, T]. After the last step the return goes on with its value: the time limit is no
+    end. The same after a step in which an agent is not `live`: it had ended, and its next episode begins."""
     advantage = 0.0
     advantages = []
     for t in reversed(range(rewards.shape[-1])):
         discount = args.gamma * (1 - terminated[..., t])
         delta = rewards[..., t] + discount * values[..., t + 1] - values[..., t]
         advantage = delta + discount * args.gae_lambda * advantage
+        if live is not None:
+            advantage = advantage * live[..., t]
         advantages.append(advantage)
     return torch.stack(advantages[::-1], -1)
 
@@ -463,18 +479,19 @@ def prepare(nets: Nets, episodes: Batch, env: Env, args: Args) -> Batch:
     mean, std = nets["return_moments"].mean_and_std()
     worth = mean + std * values  # in units of rewards
     rewards = args.reward_scale * team_rewards(episodes["rewards"], env, args)
-    advantages = gae(rewards, worth, episodes["terminated"], args)
+    live = episodes.get("live")
+    advantages = gae(rewards, worth, episodes["terminated"], args, live)
     returns = advantages + worth[..., :-1]
-    nets["return_moments"].update(returns, args.value_decay)
+    nets["return_moments"].update(returns, args.value_decay, live)
     mean, std = nets["return_moments"].mean_and_std()
     returns = (returns - mean) / std
     if args.normalize_advantage:
-        std, mean = torch.std_mean(advantages, (2, 3), correction=0, keepdim=True)
+        std, mean = envs.std_mean(advantages, (2, 3), live)
         advantages = (advantages - mean) / std.clamp_min(0.01)
     obs = obs[:, :, :, :-1].flatten(2, 3)
     actions = episodes["actions"].flatten(2, 3)
     logprobs, _ = logprob_and_entropy(policy(nets["actor"], obs, env, args), actions, env)
-    return {
+    samples = {
         "obs": obs,
         "actions": actions,
         "logprobs": logprobs,
@@ -482,6 +499,9 @@ def prepare(nets: Nets, episodes: Batch, env: Env, args: Args) -> Batch:
         "values": values[..., :-1].flatten(2),
         "returns": returns.flatten(2),
     }
+    if live is not None:
+        samples["live"] = live.flatten(2)
+    return samples
 
 
 def critic_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tensor, Batch]:
@@ -493,7 +513,7 @@ def critic_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tensor,
         move = (values - batch["values"]).clamp(-args.clip_coef, args.clip_coef)
         near = batch["values"] + move
         error = torch.maximum(error, (near - batch["returns"]).square())
-    loss = 0.5 * error.mean((1, 2))
+    loss = 0.5 * envs.live_mean(error, batch.get("live")).mean(1)
     return loss.sum(), {"losses/value_loss": loss.detach()}
 
 
@@ -501,25 +521,26 @@ def actor_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tensor, 
     """ALGO LOGIC: PPO's clipped objective for every policy, minus the entropy bonus, plus lambda R (Eq. 5) of
     cooperating agents. Returns loss, metrics [S]."""
     obs, advantages = batch["obs"], batch["advantages"]
+    mean = partial(envs.live_mean, live=batch.get("live"))
     output = policy(nets["actor"], obs, env, args)
     logprobs, entropy = logprob_and_entropy(output, batch["actions"], env)
     log_ratio = logprobs - batch["logprobs"]  # [S, N, M]
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     gain = torch.minimum(ratio * advantages, clipped * advantages)
-    policy_loss = -gain.mean(2)  # [S, N]
-    loss = policy_loss - args.entropy_coef * entropy.mean(2)
+    policy_loss = -mean(gain)  # [S, N]
+    loss = policy_loss - args.entropy_coef * mean(entropy)
     with torch.no_grad():
         metrics = {
             "losses/policy_loss": policy_loss.mean(1),
-            "losses/entropy": entropy.mean((1, 2)),
-            "losses/approx_kl": (ratio - 1 - log_ratio).mean((1, 2)),
-            "losses/clipfrac": (ratio != clipped).to(obs.dtype).mean((1, 2)),
+            "losses/entropy": mean(entropy).mean(1),
+            "losses/approx_kl": mean(ratio - 1 - log_ratio).mean(1),
+            "losses/clipfrac": mean((ratio != clipped).to(obs.dtype)).mean(1),
         }
     if args.regularized:
         obs, clean = obs[:, :, : args.reg_batch_size], output[:, :, : args.reg_batch_size]
         change, _ = regularizer(nets, obs, clean, batch["perturbation"], env, args)
-        change = change.mean(2)  # [S, N]
+        change = mean(change)  # [S, N]
         loss = loss + args.reg_coef * change * env.cooperators
         metrics["ernie/regularizer"] = envs.team_mean(change.detach(), env)
     return loss.sum(), metrics
@@ -543,24 +564,10 @@ def update(nets: Nets, optimizers: dict, losses: dict, batch: Batch, env: Env, a
 
 
 @torch.no_grad()
-def measure(step_env: Callable, env: Env, normalizer: Normalizer, generators: Generators) -> None:
-    """Set the normaliser to what an episode of random actions shows."""
-    state, obs = env.reset(generators)
-    seen = []
-    for _ in range(env.horizon):
-        seen.append(envs.by_agent(obs, len(generators)))
-        action = perturb.random_actions(env, generators)
-        state, obs, *_ = step_env(state, action, env.draw(generators))
-    seen = torch.cat(seen, 2).double()
-    std, mean = torch.std_mean(seen, 2, correction=0)  # [S, N, O]
-    std = torch.where(std > 1e-6 * mean.abs(), std, 0)  # only rounding varies elsewhere
-    normalizer.flat.copy_(torch.stack([mean, std], 2))
-
-
-@torch.no_grad()
 def rollout(step_env: Callable, env: Env, nets: Nets, generators: Generators, args: Args) -> Batch:
     """Episodes of sampled actions: obs, normalised, [S, N, B, T + 1, O], actions, not clipped, [S, N, B, T, A], rewards
-    [S, N, B, T], terminated [S, 1, B, T]."""
+    [S, N, B, T], terminated [S, 1, B, T]. Of PettingZoo's environments terminated is each agent's, and `live`
+    [S, N, B, T] is 0 where it had ended before: one episode follows another there."""
     S = len(generators)
     N, A = env.action_mask.shape
     sampler = envs.gumbel if env.discrete else torch.randn
@@ -571,12 +578,15 @@ def rollout(step_env: Callable, env: Env, nets: Nets, generators: Generators, ar
     for t in range(env.horizon):
         action = draw_action(policy(nets["actor"], obs, env, args), noise[:, t], env)
         env_action = envs.for_env(squash(action, env), env)
-        state, obs, reward, terminated, *_ = step_env(state, env_action, env.draw(generators))
+        state, obs, reward, terminated, _, info = step_env(state, env_action, env.draw(generators))
         obs = nets["normalizer"](envs.by_agent(obs, S))
         steps["obs"].append(obs)
         steps["actions"].append(action)
         steps["rewards"].append(envs.by_agent(reward, S))
-        steps["terminated"].append(envs.by_agent(terminated[:, None].to(reward.dtype), S))
+        ended = info.get("terminated", terminated[:, None])
+        steps["terminated"].append(envs.by_agent(ended.to(reward.dtype), S))
+        if "live" in info:
+            steps["live"].append(envs.by_agent(info["live"], S))
     return {name: torch.stack(values, 3) for name, values in steps.items()}
 
 
@@ -651,10 +661,12 @@ def assess(nets: Nets, samples: Batch, env: Env, test_env: Env, args: Args) -> B
     metrics = {f"eval/{name}": values for name, values in zip(env.agents, returns.unbind(1))}
     metrics["eval/episodic_return"] = returns[:, env.cooperators].mean(1)
     obs = samples["obs"][:, :, : args.reg_batch_size]
+    live = samples.get("live")
     with torch.no_grad():
         error = samples["returns"] - state_values(nets["critic"], samples["obs"])
         output = policy(nets["actor"], obs, env, args)
-    unexplained = error.var(2) / samples["returns"].var(2).clamp_min(1e-8)
+    unexplained, spread = (envs.std_mean(x, 2, live)[0].squeeze(2).square() for x in (error, samples["returns"]))
+    unexplained = unexplained / spread.clamp_min(1e-8)
     metrics["losses/explained_variance"] = 1 - unexplained.mean(1)
     if not env.discrete:
         _, log_std = output.chunk(2, -1)
@@ -666,47 +678,20 @@ def assess(nets: Nets, samples: Batch, env: Env, test_env: Env, args: Args) -> B
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Runs: device, folder, logs
-
-
-def setup(args: Args) -> torch.device:
-    """Torch settings and the device. Under torchrun each process trains its share of the seeds, as a run of its own."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    if args.num_seeds % world_size:
-        raise ValueError(f"--num-seeds must be a multiple of torchrun's {world_size} processes, got {args.num_seeds}")
-    args.num_seeds //= world_size
-    args.seed += rank * args.num_seeds
-    torch.set_num_threads(args.num_threads)
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # filling costs a tenth of an update
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it
-    if args.cuda and torch.cuda.is_available():
-        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    return torch.device("cpu")
+# Environment and logs
 
 
 def make_env(args: Args, num_envs: int, device: torch.device) -> Env:
-    env = envs.make(args.env_id, num_envs, device, torch.float32, args.num_agents, args.continuous_actions)
+    """The task of `args`. Raise ValueError where the arguments do not fit it."""
+    options = envs.task_options(args)
+    env = envs.make(args.env_id, num_envs, device, torch.float32, args.num_agents, args.continuous_actions, **options)
+    env = envs.for_training(env, args)
     if env.discrete == args.continuous_actions:
         raise ValueError(f"--continuous-actions must be {not env.discrete} with {args.env_id}")
     samples = args.num_envs * env.horizon
     if samples % args.num_minibatches:
         raise ValueError(f"--num-minibatches must divide an iteration's {samples} steps, got {args.num_minibatches}")
     return env
-
-
-def make_run_dir(args: Args) -> Path:
-    """The run's folder, new unless one is given, and in it args.json: the arguments, the git commit and versions."""
-    given = args.resume or args.evaluate
-    env_id = args.env_id.replace(":", "_")
-    name = f"{env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"
-    run_dir = runs.folder(given) if given else Path(args.runs_dir, name)
-    run_dir.mkdir(parents=True, exist_ok=given is not None)
-    if not args.evaluate:
-        with runs.locked(run_dir), runs.written(run_dir / "args.json") as file:
-            json.dump(asdict(args) | runs.provenance(__file__), file, indent=2)
-    return run_dir
 
 
 def log(run: runs.Run, step: int, metrics: Batch) -> None:
@@ -725,6 +710,9 @@ def log(run: runs.Run, step: int, metrics: Batch) -> None:
     runs.log_wandb(run, rows, step)
 
 
+load_policy = robustness.loader(Args, make_env, make_nets, trained_policy)  # act = load_policy("runs/RUN")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -738,7 +726,7 @@ def compiled(env: Env, args: Args) -> tuple[Callable, dict[str, Callable]]:
     # on CPUs torch 2.13 gets the gradient through an attack wrong
     if env.device.type == "cuda" or not args.regularized:
         losses = {name: compile(loss) for name, loss in losses.items()}
-    return env.step if args.env_id.startswith("zoo:") else compile(env.step), losses
+    return env.step if args.is_zoo else compile(env.step), losses
 
 
 def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, checkpoint: dict) -> None:
@@ -746,7 +734,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
     S = args.num_seeds
     steps_per_iteration = args.num_envs * env.horizon
     step_env, losses = compiled(env, args)
-    test_env = make_env(args, S * min(100, args.eval_episodes), env.device)
+    test_env = envs.for_tests(env, S * min(100, args.eval_episodes or 10))
     new_streams = partial(envs.make_generators, args.seed, S, device=env.device)
     streams = {purpose: new_streams(purpose) for purpose in ("rollout", "minibatches", "noise")}
     iteration = 0
@@ -759,7 +747,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
         for name, values in checkpoint["window"].items():
             window[name] = [value.to(env.device) for value in values]
     else:
-        measure(step_env, env, nets["normalizer"], new_streams("norm"))
+        nets["normalizer"].flat.copy_(perturb.observation_moments(step_env, env, new_streams("norm")))
 
     step = iteration * steps_per_iteration
     started, first_step = time.perf_counter(), step
@@ -769,8 +757,8 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             progress = step / args.total_timesteps if args.anneal_lr else 0.0
             optimizers["adam"].param_groups[0]["lr"] = args.learning_rate * (1 - progress)
             episodes = rollout(step_env, env, nets, streams["rollout"], args)
-            returns = episodes["rewards"].sum(3).mean(2)  # [S, N]
-            window["charts/episodic_return"].append(envs.team_mean(returns, env))
+            returns = episodes["rewards"].sum(3).mT  # [S, B, N]
+            window["charts/episodic_return"].append(envs.episodic_return(returns, env))
             samples = prepare(nets, episodes, env, args)
             for batch in minibatches(samples, streams["minibatches"], args):
                 batch |= draw_noise(streams["noise"], env, args)
@@ -821,24 +809,25 @@ def main() -> None:
             runs.restore({"nets": weights}, checkpoint)
         rows = checkpoint.get("rows", [])
         labels = [{"seed": seed} for seed in args.seeds]
-        run = runs.Run(make_run_dir(args), labels, rows)
+        run = runs.Run(make_run_dir(args, __file__), labels, rows)
     if not args.evaluate:
         with runs.training(run.dir):
             runs.start_wandb(run, args)
             train(env, nets, optimizers, args, run, checkpoint)
             runs.save(run.dir / "policy.pt", {"args": asdict(args), "nets": weights})
     with runs.reporting(run.dir):
-        env = make_env(args, args.num_seeds * args.eval_episodes, device)
         name = "robustness"
-        if args.backend == "pybullet":
-            env = bullet.from_drones(env)
-            name = "robustness_pybullet"
         labels = {"env_id": args.env_id, "regularizer": args.regularizer}
         make_policy = partial(trained_policy, nets, args=args)
-        sweep = DRONE_SWEEP if args.is_drones else SWEEP
-        robustness.report(env, make_policy, sweep, run, labels, name, per_agent=args.is_drones)
+        if args.eval_episodes:
+            test_env = envs.for_tests(env, args.num_seeds * args.eval_episodes)
+            if args.backend == "pybullet":
+                test_env = bullet.from_drones(test_env)
+                name = "robustness_pybullet"
+            sweep = DRONE_SWEEP if args.is_drones else SWEEP
+            robustness.report(test_env, make_policy, sweep, run, labels, name, per_agent=args.is_drones)
         if args.capture_video:
-            env = make_env(args, args.num_seeds * min(100, args.eval_episodes), device)
+            env = envs.for_tests(env, args.num_seeds * min(100, args.eval_episodes or 1))
             act = make_policy(env).act
             streams = envs.make_generators(args.seed, args.num_seeds, "video", device)
             envs.write_gif(env, act, streams, run.dir / "episode.gif")

@@ -28,9 +28,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below prints no traceback
 
-import json
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -48,7 +46,7 @@ from torch import Tensor
 
 import envs
 from envs import Env, perturb, robustness, runs
-from envs.runs import Name, Share, Threads
+from envs.runs import Name, Share, Threads, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
@@ -186,7 +184,8 @@ class MLP:
         for x in inputs:
             x = x.mT.contiguous().expand(-1, N, -1, -1)  # [S, N, in, M]
             end = start + x.shape[2]
-            h = torch.baddbmm(h, weight[:, :, start:end], x.flatten(0, 1))
+            part = weight[:, :, start:end]
+            h = torch.baddbmm(h, part, x.flatten(0, 1))
             start = end
         for weight, bias in rest:
             h = ACTIVATIONS[self.activation](h)
@@ -248,9 +247,12 @@ def respond(nets: Nets, who: str, own: Tensor, crowd: Tensor, landmarks: Tensor)
     head = nets[f"{who}_head"]
     (weight, bias), *rest = head.layers()
     k = own.shape[-1]
-    from_own = torch.baddbmm(bias, weight[:, :, :k], own.flatten(1, 2).mT)
-    from_shared = torch.bmm(weight[:, :, k:], shared.flatten(1, 2).mT)
-    h = from_own.unflatten(2, own.shape[1:3]) + from_shared.unflatten(2, shared.shape[1:3])  # [S, H, M, N]
+    own_weight, shared_weight = weight[:, :, :k], weight[:, :, k:]
+    from_own = torch.baddbmm(bias, own_weight, own.flatten(1, 2).mT)
+    from_shared = torch.bmm(shared_weight, shared.flatten(1, 2).mT)
+    from_own = from_own.unflatten(2, own.shape[1:3])
+    from_shared = from_shared.unflatten(2, shared.shape[1:3])
+    h = from_own + from_shared  # [S, H, M, N]
     h = h.flatten(2)
     for weight, bias in rest:
         h = ACTIVATIONS[head.activation](h)
@@ -273,7 +275,8 @@ def perceive(body: Tensor, crowd: Tensor, landmarks: Tensor, args: Args) -> Tens
     """Own states [S, M, N, 4 + 2 k]: velocities and places `body` [S, M, N, 4], then where, seen from the agent, the
     nearest of landmarks [S, M, n, L, 2] and of the other agents in crowd [S, M, n, N, 2] are, the nearest first."""
     parts = [body]
-    for points, itself, count in ((landmarks, 0, args.nearest_landmarks), (crowd, 1, args.nearest_agents)):
+    kinds = ((landmarks, 0, args.nearest_landmarks), (crowd, 1, args.nearest_agents))
+    for points, itself, count in kinds:
         away = points - body[..., None, 2:4]  # [S, M, N, P, 2]
         distance = away.square().sum(-1)
         nearest = distance.topk(itself + count, largest=False).indices
@@ -507,7 +510,8 @@ def diagnose(nets: Nets, batch: Batch, env: Env, args: Args) -> Batch:
             change, delta = regularizer(changes[role], crowd, batch["crowd_noise"], mode_args)
             values[mode] = change.mean(1)
             head = nets[f"{role}_head"].flat
-            (gradients[mode],) = torch.autograd.grad(values[mode].sum(), head, retain_graph=True)
+            (gradient,) = torch.autograd.grad(values[mode].sum(), head, retain_graph=True)
+            gradients[mode] = gradient
         leader = gradients["adversarial"]
         follower = gradients["stackelberg"] - leader
         moved = crowd + delta.detach().unflatten(-1, (-1, 2))
@@ -640,7 +644,8 @@ def rollout(step_env: Callable, env: Env, nets: Nets, std: float, generators: Ge
         action = explored.clamp(env.action_low, env.action_high)
         step = step_env(state, action.flatten(0, 1), env.draw(generators))
         state = step[0]
-        obs, reward, terminated = (x.unflatten(0, (S, -1)) for x in step[1:4])
+        step = [x.unflatten(0, (S, -1)) for x in step[1:4]]
+        obs, reward, terminated = step
         body = obs[..., :4]
         steps["body"].append(body)
         steps["actions"].append(action)
@@ -729,24 +734,7 @@ def trained_policy(nets: Nets, env: Env, args: Args) -> robustness.Policy:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Runs: device, folder, logs
-
-
-def setup(args: Args) -> torch.device:
-    """Torch settings and the device. Under torchrun each process trains its share of the seeds, as a run of its own."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    if args.num_seeds % world_size:
-        raise ValueError(f"--num-seeds must be a multiple of torchrun's {world_size} processes, got {args.num_seeds}")
-    args.num_seeds //= world_size
-    args.seed += rank * args.num_seeds
-    torch.set_num_threads(args.num_threads)
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # filling costs a tenth of an update
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it
-    if args.cuda and torch.cuda.is_available():
-        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    return torch.device("cpu")
+# Environment and logs
 
 
 def make_env(args: Args, num_envs: int, device: torch.device) -> Env:
@@ -754,19 +742,6 @@ def make_env(args: Args, num_envs: int, device: torch.device) -> Env:
     if args.buffer_size < args.num_envs * env.horizon:
         raise ValueError(f"--buffer-size must hold an episode of each of --num-envs, got {args.buffer_size}")
     return env
-
-
-def make_run_dir(args: Args) -> Path:
-    """The run's folder, new unless one is given, and in it args.json: the arguments, the git commit and versions."""
-    given = args.resume or args.evaluate
-    env_id = args.env_id.replace(":", "_")
-    name = f"{env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"
-    run_dir = runs.folder(given) if given else Path(args.runs_dir, name)
-    run_dir.mkdir(parents=True, exist_ok=given is not None)
-    if not args.evaluate:
-        with runs.locked(run_dir), runs.written(run_dir / "args.json") as file:
-            json.dump(asdict(args) | runs.provenance(__file__), file, indent=2)
-    return run_dir
 
 
 def log(run: runs.Run, step: int, metrics: Batch) -> None:
@@ -783,6 +758,9 @@ def log(run: runs.Run, step: int, metrics: Batch) -> None:
     run.rows += rows
     runs.write_rows(run.dir / "metrics.csv", run.rows)
     runs.log_wandb(run, rows, step)
+
+
+load_policy = robustness.loader(Args, make_env, make_nets, trained_policy)  # act = load_policy("runs/RUN")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -896,7 +874,7 @@ def main() -> None:
             runs.restore({"nets": weights}, checkpoint)
         rows = checkpoint.get("rows", [])
         labels = [{"seed": seed} for seed in args.seeds]
-        run = runs.Run(make_run_dir(args), labels, rows)
+        run = runs.Run(make_run_dir(args, __file__), labels, rows)
     if not args.evaluate:
         with runs.training(run.dir):
             runs.start_wandb(run, args)

@@ -22,9 +22,7 @@ T steps of a rollout, O observation, A = 2 actions. What an agent sees, does and
 which the global Q sees, is [S, 1, M, N * O], and C joint actions in each are [S, M, C, N].
 """
 
-import json
 import math
-import os
 import signal
 import time
 from collections import defaultdict
@@ -46,7 +44,7 @@ from torch import Tensor
 
 import envs
 from envs import Env, perturb, robustness, runs, sumo, traffic
-from envs.runs import Name, Share, Threads
+from envs.runs import Name, Share, Threads, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
@@ -213,7 +211,8 @@ class MLP:
         for x in inputs:
             x = x.mT.contiguous().expand(-1, N, -1, -1)  # [S, N, in, M]
             end = start + x.shape[2]
-            h = torch.baddbmm(h, weight[:, :, start:end], x.flatten(0, 1))
+            part = weight[:, :, start:end]
+            h = torch.baddbmm(h, part, x.flatten(0, 1))
             start = end
         for weight, bias in rest:
             h = ACTIVATIONS[self.activation](h)
@@ -274,7 +273,8 @@ def make_nets(env: Env, args: Args) -> tuple[Nets, dict[str, torch.optim.Optimiz
     }
     optimizer = torch.optim.Adam([net.flat for net in nets.values()], args.learning_rate, fused=True)
     for name in ("local", "global"):
-        nets[f"{name}_target"] = replace(nets[name], flat=nets[name].flat.detach().clone())
+        flat = nets[name].flat.detach().clone()
+        nets[f"{name}_target"] = replace(nets[name], flat=flat)
     moments = torch.zeros(args.num_seeds, N, 2, O, dtype=env.dtype, device=env.device)
     nets["normalizer"] = Normalizer(moments)
     return nets, {"q": optimizer}
@@ -299,7 +299,8 @@ def joint_values(net: MLP, state: Tensor) -> Callable[[Tensor], Tensor]:
 
     def values(joint: Tensor) -> Tensor:
         actions = joint.flatten(1, 2).to(state.dtype).mT  # [S, N, M * C]
-        h = torch.bmm(weight[:, :, num_inputs:], actions).unflatten(2, joint.shape[1:3])
+        h = torch.bmm(weight[:, :, num_inputs:], actions)
+        h = h.unflatten(2, joint.shape[1:3])
         h = (h + encoded.unsqueeze(3)).flatten(2)
         for weight_k, bias_k in rest:
             h = torch.baddbmm(bias_k, weight_k, ACTIVATIONS[net.activation](h))
@@ -463,7 +464,8 @@ def qcombo_loss(nets: Nets, batch: Batch, args: Args) -> tuple[Tensor, Batch]:
     if args.action_reg_coef > 0:
         with torch.no_grad():
             changed = greedy_changes(values, joint, args.malicious_agents)
-        change = (values(changed.unsqueeze(2)).squeeze(2) - team_q).square().mean(1)
+        changed_q = values(changed.unsqueeze(2)).squeeze(2)
+        change = (changed_q - team_q).square().mean(1)
         loss = loss + args.action_reg_coef * change
         parts["ernie/action_regularizer"] = change
     for kind in args.regularized:
@@ -527,7 +529,8 @@ def rollout(
         for name, value in traffic.outcome(reward, info).items():
             steps[name].append(value)
     episodes = {name: torch.stack(values, 1) for name, values in steps.items()}
-    return state, {name: values.unflatten(0, (S, -1)) for name, values in episodes.items()}
+    episodes = {name: values.unflatten(0, (S, -1)) for name, values in episodes.items()}
+    return state, episodes
 
 
 def make_replay(env: Env, num_seeds: int, num_episodes: int, T: int) -> Batch:
@@ -622,24 +625,7 @@ def make_lights(nets: Nets, args: Args, device: torch.device, episodes: int, lim
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Runs: device, folder, logs
-
-
-def setup(args: Args) -> torch.device:
-    """Torch settings and the device. Under torchrun each process trains its share of the seeds, as a run of its own."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    if args.num_seeds % world_size:
-        raise ValueError(f"--num-seeds must be a multiple of torchrun's {world_size} processes, got {args.num_seeds}")
-    args.num_seeds //= world_size
-    args.seed += rank * args.num_seeds
-    torch.set_num_threads(args.num_threads)
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # filling costs a tenth of an update
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it
-    if args.cuda and torch.cuda.is_available():
-        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    return torch.device("cpu")
+# Environment and logs
 
 
 def make_env(args: Args, num_envs: int, device: torch.device, **fields) -> Env:
@@ -651,19 +637,6 @@ def make_env(args: Args, num_envs: int, device: torch.device, **fields) -> Env:
             fields["flow"] = args.flow if len(args.flow) > 1 else args.flow[0]
     env = envs.make(num_envs=num_envs, device=device, model=args.model, **fields)
     return sumo.from_traffic(env) if args.backend == "sumo" else env
-
-
-def make_run_dir(args: Args) -> Path:
-    """The run's folder, new unless one is given, and in it args.json: the arguments, the git commit and versions."""
-    given = args.resume or args.evaluate
-    env_id = args.env_id.replace(":", "_")
-    name = f"{env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"
-    run_dir = runs.folder(given) if given else Path(args.runs_dir, name)
-    run_dir.mkdir(parents=True, exist_ok=given is not None)
-    if not args.evaluate:
-        with runs.locked(run_dir), runs.written(run_dir / "args.json") as file:
-            json.dump(asdict(args) | runs.provenance(__file__), file, indent=2)
-    return run_dir
 
 
 def log(run: runs.Run, step: int, metrics: Batch) -> None:
@@ -680,6 +653,9 @@ def log(run: runs.Run, step: int, metrics: Batch) -> None:
     run.rows += rows
     runs.write_rows(run.dir / "metrics.csv", run.rows)
     runs.log_wandb(run, rows, step)
+
+
+load_policy = robustness.loader(Args, make_env, make_nets, trained_policy)  # act = load_policy("runs/RUN")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -807,7 +783,7 @@ def main() -> None:
             raise ValueError(f"{args.evaluate} was stopped during its first warm-up and has learnt nothing")
         rows = checkpoint.get("rows", [])
         labels = [{"seed": seed} for seed in args.seeds]
-        run = runs.Run(make_run_dir(args), labels, rows)
+        run = runs.Run(make_run_dir(args, __file__), labels, rows)
     if not args.evaluate:
         with runs.training(run.dir):
             runs.start_wandb(run, args)

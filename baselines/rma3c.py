@@ -24,9 +24,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below prints no traceback
 
-import json
 import math
-import os
 import sys
 import time
 from collections import defaultdict
@@ -47,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where envs is
 
 import envs
 from envs import Env, perturb, robustness, runs
-from envs.runs import Name, Share, Threads
+from envs.runs import Name, Share, Threads, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
@@ -71,13 +69,19 @@ class Args:
     capture_video: bool = False  # write a GIF of an episode of the trained policy
     log_interval: PositiveInt = 10_000  # environment steps between two rows of metrics.csv
     checkpoint_interval: PositiveInt = 100_000  # environment steps between two checkpoints
-    eval_episodes: PositiveInt = 1000  # episodes of one seed at each point of the robustness report
+    eval_episodes: NonNegativeInt | None = None
+    """episodes of one seed at each point of the robustness report, 0: none; default: 10 of PettingZoo's environments,
+    else 1,000"""
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account; `wandb sync` later
     wandb_project_name: str = "robust-marl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
 
     # MADDPG
-    env_id: str = "simple_spread_v3"  # a particle task, or zoo:package.module for a PettingZoo parallel_env
+    env_id: str = "simple_spread_v3"  # a particle task, or PettingZoo's zoo:package.module or zoo:namespace/Name-v0
+    env_kwargs: tuple[str, ...] = ()  # its keywords or constants, name=value or JSON
+    horizon: PositiveInt | None = None  # steps after which an episode is cut; default: the task's own
+    cooperators: tuple[str, ...] = ()  # PettingZoo: first letters of the agents that are the team; default: all
+    num_workers: PositiveInt | None = None  # PettingZoo: processes for the environments; default: one per core
     num_agents: PositiveInt | None = None  # N where the task allows a choice (simple_spread_v3)
     continuous_actions: bool = True  # or discrete ones, by straight-through Gumbel-softmax
     total_timesteps: PositiveInt = 500_000  # environment steps of one seed
@@ -105,6 +109,8 @@ class Args:
     norm: Literal["l2", "linf"] = "l2"  # of the report's worst-case observations; the adversary's own is linf
 
     def __post_init__(self):
+        if self.eval_episodes is None:
+            self.eval_episodes = 10 if self.is_zoo else 1000
         if self.learning_starts + self.steps_per_update > self.total_timesteps:
             raise ValueError(f"learning_starts must leave steps for an update, got {self.learning_starts}")
         if self.backend != "torch" and not self.evaluate:
@@ -113,6 +119,10 @@ class Args:
     @property
     def seeds(self) -> range:
         return range(self.seed, self.seed + self.num_seeds)
+
+    @property
+    def is_zoo(self) -> bool:
+        return self.env_id.startswith("zoo:")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -152,7 +162,8 @@ class MLP:
         for x in inputs:
             x = x.mT.contiguous().expand(-1, N, -1, -1)  # [S, N, in, M]
             end = start + x.shape[2]
-            h = torch.baddbmm(h, weight[:, :, start:end], x.flatten(0, 1))
+            part = weight[:, :, start:end]
+            h = torch.baddbmm(h, part, x.flatten(0, 1))
             start = end
         for weight, bias in rest:
             h = ACTIVATIONS[self.activation](h)
@@ -190,8 +201,8 @@ def make_nets(env: Env, args: Args) -> tuple[Nets, dict[str, torch.optim.Optimiz
 
 
 def policy(actor: MLP, obs: Tensor, env: Env) -> Tensor:
-    """Actions before tanh, or logits: obs [S, N, M, O] -> [S, N, M, A]. Padding is 0, or -1e9 where discrete."""
-    return torch.where(env.action_mask[:, None], actor(obs), -1e9 if env.discrete else 0.0)
+    """Actions before tanh, or logits: obs [S, N, M, O] -> [S, N, M, A]. What is not legal is 0, or -1e9 if discrete."""
+    return torch.where(envs.legal_actions(obs, env), actor(obs), -1e9 if env.discrete else 0.0)
 
 
 def one_hot_best(output: Tensor) -> Tensor:
@@ -270,13 +281,14 @@ def critic_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tensor,
         seen = deceive(nets["adversary_target"], next_obs, args.epsilon, env)
         next_joint = everybody(squash(policy(nets["actor_target"], seen, env), env))
         next_q = q_values(nets["critic_target"], next_obs, next_joint)
-        discount = args.gamma * (1 - batch["terminated"])  # [S, M]
-        target = batch["rewards"] + discount.unsqueeze(1) * next_q  # [S, N, M]
+        discount = args.gamma * (1 - batch["terminated"])  # [S, 1 or N, M]
+        target = batch["rewards"] + discount * next_q  # [S, N, M]
     q = q_values(nets["critic"], batch["obs"], everybody(batch["actions"]))
-    loss = (q - target).square().mean(2)  # [S, N]
+    mean = partial(envs.live_mean, live=batch.get("live"))
+    loss = mean((q - target).square())  # [S, N]
     metrics = {
         "losses/critic_loss": loss.detach().mean(1),
-        "losses/q_values": q.detach().mean((1, 2)),
+        "losses/q_values": mean(q.detach()).mean(1),
     }
     return loss.sum(), metrics
 
@@ -295,9 +307,10 @@ def actor_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tensor, 
     """ALGO LOGIC: actors maximise Q_i at what they do when deceived, the adversaries frozen. Returns loss, metrics."""
     adversary, critic = frozen(nets["adversary"]), frozen(nets["critic"])
     q, output = deceived_values(nets["actor"], adversary, critic, batch, env, args)
-    policy_loss = -q.mean(2)  # [S, N]
-    penalty = (output * env.action_mask[:, None]).square().mean((2, 3))
-    loss = policy_loss + args.policy_l2 * penalty
+    mean = partial(envs.live_mean, live=batch.get("live"))
+    policy_loss = -mean(q)  # [S, N]
+    penalty = (output * envs.legal_actions(batch["obs"], env)).square().mean(3)
+    loss = policy_loss + args.policy_l2 * mean(penalty)
     return loss.sum(), {"losses/actor_loss": policy_loss.detach().mean(1)}
 
 
@@ -305,7 +318,7 @@ def adversary_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tens
     """ALGO LOGIC: adversaries minimise the same Q_i through what the frozen actors see. Returns loss, metrics."""
     actor, critic = frozen(nets["actor"]), frozen(nets["critic"])
     q, _ = deceived_values(actor, nets["adversary"], critic, batch, env, args)
-    loss = q.mean(2)  # [S, N]
+    loss = envs.live_mean(q, batch.get("live"))  # [S, N]
     return (loss * env.cooperators).sum(), {"losses/adversary_loss": envs.team_mean(loss.detach(), env)}
 
 
@@ -338,8 +351,9 @@ def update(nets: Nets, optimizers: dict, losses: dict, batch: Batch, env: Env, a
 
 @torch.no_grad()
 def rollout(step_env: Callable, env: Env, nets: Nets, std: float, generators: Generators, args: Args) -> Batch:
-    """Episodes with exploration on perturbed observations; the true ones are kept. obs [S, B, T + 1, N, O], actions
-    [S, B, T, N, A], rewards [S, B, T, N], terminated [S, B, T]."""
+    """Episodes with exploration on perturbed observations, of which the true ones are kept: obs [S, B, T + 1, N, O],
+    actions [S, B, T, N, A], rewards [S, B, T, N], terminated [S, B, T, 1]. Of PettingZoo's environments terminated is
+    each agent's, and `live` [S, B, T, N] is 0 where it had ended before: one episode follows another there."""
     S = len(generators)
     state, obs = env.reset(generators)
     N, A = env.action_mask.shape
@@ -359,31 +373,25 @@ def rollout(step_env: Callable, env: Env, nets: Nets, std: float, generators: Ge
             action = explored.clamp(env.action_low, env.action_high)
         action = action * env.action_mask[:, None]
         env_action = envs.for_env(action, env)
-        state, obs, reward, terminated, *_ = step_env(state, env_action, env.draw(generators))
+        state, obs, reward, terminated, _, info = step_env(state, env_action, env.draw(generators))
         steps["obs"].append(obs)
         steps["actions"].append(action.transpose(1, 2).flatten(0, 1))
         steps["rewards"].append(reward)
-        steps["terminated"].append(terminated.to(reward.dtype))
+        steps["terminated"].append(info.get("terminated", terminated[:, None]).to(reward.dtype))
+        if "live" in info:
+            steps["live"].append(info["live"])
     episodes = {name: torch.stack(values, 1) for name, values in steps.items()}
     return {name: values.unflatten(0, (S, -1)) for name, values in episodes.items()}
 
 
-def make_replay(env: Env, num_seeds: int, num_episodes: int) -> Batch:
-    """Room for E episodes of each seed, [S, E, ...] as `rollout` returns them."""
-    T = env.horizon
-    shapes = {
-        "obs": (T + 1, *env.obs_mask.shape),
-        "actions": (T, *env.action_mask.shape),
-        "rewards": (T, env.num_agents),
-        "terminated": (T,),
-    }
-    make = partial(torch.zeros, dtype=env.dtype, device=env.device)
-    return {name: make(num_seeds, num_episodes, *shape) for name, shape in shapes.items()}
+def make_replay(episodes: Batch, num_episodes: int) -> Batch:
+    """Room for E episodes of each seed like those that `rollout` returns, [S, E, ...]."""
+    return {name: values.new_zeros(len(values), num_episodes, *values.shape[2:]) for name, values in episodes.items()}
 
 
 def sample(replay: Batch, filled: int, args: Args, generators: Generators) -> Batch:
-    """Minibatch of the first `filled` episodes: obs, next_obs, actions, rewards [S, N, M, ...], terminated [S, M]."""
-    S, E, T = replay["terminated"].shape
+    """Minibatch of the first `filled` episodes: obs, next_obs, actions, rewards, terminated [S, N, M, ...]."""
+    S, E, T, _ = replay["terminated"].shape
     pick = envs.per_seed(partial(torch.randint, filled * T), (args.batch_size,), generators)
     seed = torch.arange(S, device=pick.device)
     pick = pick + E * T * seed[:, None]  # [S, M] into the flattened [S, E, T]
@@ -391,15 +399,10 @@ def sample(replay: Batch, filled: int, args: Args, generators: Generators) -> Ba
 
     def gather(name: str, index: Tensor) -> Tensor:
         samples = replay[name].flatten(0, 2).index_select(0, index.flatten())
-        return samples.unflatten(0, index.shape)
+        return samples.unflatten(0, index.shape).transpose(1, 2)
 
-    return {
-        "obs": gather("obs", row).transpose(1, 2),
-        "next_obs": gather("obs", row + 1).transpose(1, 2),
-        "actions": gather("actions", pick).transpose(1, 2),
-        "rewards": gather("rewards", pick).transpose(1, 2),
-        "terminated": gather("terminated", pick),
-    }
+    batch = {name: gather(name, row if name == "obs" else pick) for name in replay}
+    return batch | {"next_obs": gather("obs", row + 1)}
 
 
 def draw_noise(generators: Generators, env: Env, args: Args) -> Batch:
@@ -468,46 +471,20 @@ def trained_policy(nets: Nets, env: Env, args: Args) -> robustness.Policy:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Runs: device, folder, logs
-
-
-def setup(args: Args) -> torch.device:
-    """Torch settings and the device. Under torchrun each process trains its share of the seeds, as a run of its own."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    if args.num_seeds % world_size:
-        raise ValueError(f"--num-seeds must be a multiple of torchrun's {world_size} processes, got {args.num_seeds}")
-    args.num_seeds //= world_size
-    args.seed += rank * args.num_seeds
-    torch.set_num_threads(args.num_threads)
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # filling costs a tenth of an update
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it
-    if args.cuda and torch.cuda.is_available():
-        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    return torch.device("cpu")
+# Environment and logs
 
 
 def make_env(args: Args, num_envs: int, device: torch.device) -> Env:
-    env = envs.make(args.env_id, num_envs, device, torch.float32, args.num_agents, args.continuous_actions)
+    """The task of `args`. Raise ValueError where the arguments do not fit it."""
+    options = envs.task_options(args)
+    env = envs.make(args.env_id, num_envs, device, torch.float32, args.num_agents, args.continuous_actions, **options)
+    env = envs.for_training(env, args)
     if env.discrete == args.continuous_actions:
         raise ValueError(f"--continuous-actions must be {not env.discrete} with {args.env_id}")
     if args.buffer_size < args.num_envs * env.horizon:
-        raise ValueError(f"--buffer-size must hold an episode of each of --num-envs, got {args.buffer_size}")
+        needed = f"{env.horizon} steps (--horizon) of each of --num-envs"
+        raise ValueError(f"--buffer-size must hold an episode, {needed}, got {args.buffer_size}")
     return env
-
-
-def make_run_dir(args: Args) -> Path:
-    """The run's folder, new unless one is given, and in it args.json: the arguments, the git commit and versions."""
-    given = args.resume or args.evaluate
-    env_id = args.env_id.replace(":", "_")
-    name = f"{env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"
-    run_dir = runs.folder(given) if given else Path(args.runs_dir, name)
-    run_dir.mkdir(parents=True, exist_ok=given is not None)
-    if not args.evaluate:
-        with runs.locked(run_dir), runs.written(run_dir / "args.json") as file:
-            json.dump(asdict(args) | runs.provenance(__file__), file, indent=2)
-    return run_dir
 
 
 def log(run: runs.Run, step: int, metrics: Batch) -> None:
@@ -526,6 +503,9 @@ def log(run: runs.Run, step: int, metrics: Batch) -> None:
     runs.log_wandb(run, rows, step)
 
 
+load_policy = robustness.loader(Args, make_env, make_nets, trained_policy)  # act = load_policy("runs/RUN")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -537,7 +517,7 @@ def compiled(env: Env, args: Args) -> tuple[Callable, dict[str, Callable]]:
         return env.step, losses
     compile = partial(torch.compile, fullgraph=True, options={"comprehensive_padding": False})  # wrong on GPUs
     losses = {name: compile(loss) for name, loss in losses.items()}
-    return env.step if args.env_id.startswith("zoo:") else compile(env.step), losses
+    return env.step if args.is_zoo else compile(env.step), losses
 
 
 def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, checkpoint: dict) -> None:
@@ -549,7 +529,8 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
     streams = {purpose: new_streams(purpose) for purpose in ("rollout", "replay", "noise")}
     num_iterations = math.ceil(args.total_timesteps / steps_per_iteration)
     slots = min(args.buffer_size // steps_per_iteration, num_iterations)
-    replay = make_replay(env, S, slots * args.num_envs)  # a slot holds an episode of every environment
+    replay = {}  # of slots, each with an episode of every environment
+    test_env = envs.for_tests(env, S * min(args.num_envs, args.eval_episodes or 10))
     iteration = 0
     window = defaultdict(list)  # metrics [S] since the last row of metrics.csv
     if checkpoint:
@@ -557,7 +538,9 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             live = {"optimizers": optimizers, "streams": streams, "iteration": 0, "window": {}, "replay": {}}
             runs.restore(live, checkpoint)
         iteration = checkpoint["iteration"]
-        for name, values in checkpoint["replay"].items():
+        saved = {name: values.to(env.device) for name, values in checkpoint["replay"].items()}
+        replay = make_replay(saved, slots * args.num_envs)
+        for name, values in saved.items():
             replay[name][:, : values.shape[1]] = values
         for name, values in checkpoint["window"].items():
             window[name] = [value.to(env.device) for value in values]
@@ -571,8 +554,9 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             progress = step / args.total_timesteps
             std = args.exploration_noise + (args.exploration_noise_end - args.exploration_noise) * progress
             episodes = rollout(step_env, env, nets, std, streams["rollout"], args)
-            returns = episodes["rewards"].sum(2).mean(1)  # [S, N]
-            window["charts/episodic_return"].append(envs.team_mean(returns, env))
+            mean_return = envs.episodic_return(episodes["rewards"].sum(2), env)
+            window["charts/episodic_return"].append(mean_return)
+            replay = replay or make_replay(episodes, slots * args.num_envs)
             slot = iteration % slots * args.num_envs
             for name, values in episodes.items():
                 replay[name][:, slot : slot + args.num_envs] = values
@@ -591,13 +575,13 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             done = step >= args.total_timesteps
             if num_updates > 0 and (done or step % args.log_interval < steps_per_iteration):
                 metrics = {name: torch.stack(values, 1).mean(1) for name, values in window.items()}
-                trained = trained_policy(nets, env, args)
+                trained = trained_policy(nets, test_env, args)
                 test_streams = new_streams("test")
-                returns = robustness.evaluate(env, trained, test_streams)
+                returns = robustness.evaluate(test_env, trained, test_streams)
                 metrics["eval/episodic_return"] = returns[:, :, env.cooperators].flatten(1).mean(1)
                 obs = sample(replay, filled, args, test_streams)["obs"]
                 metrics |= diagnose(nets["adversary"], obs, env, args)
-                returns = robustness.evaluate(env, trained, new_streams("test"), "adversary", args.epsilon)
+                returns = robustness.evaluate(test_env, trained, new_streams("test"), "adversary", args.epsilon)
                 metrics["eval/attacked_return"] = returns[:, :, env.cooperators].flatten(1).mean(1)
                 speed = S * (step - first_step) / (time.perf_counter() - started)
                 metrics["charts/SPS"] = torch.full((S,), speed)
@@ -635,26 +619,27 @@ def main() -> None:
             runs.restore({"nets": weights}, checkpoint)
         rows = checkpoint.get("rows", [])
         labels = [{"seed": seed} for seed in args.seeds]
-        run = runs.Run(make_run_dir(args), labels, rows)
+        run = runs.Run(make_run_dir(args, __file__), labels, rows)
     if not args.evaluate:
         with runs.training(run.dir):
             runs.start_wandb(run, args)
             train(env, nets, optimizers, args, run, checkpoint)
             runs.save(run.dir / "policy.pt", {"args": asdict(args), "nets": weights})
     with runs.reporting(run.dir):
-        env = make_env(args, args.num_seeds * args.eval_episodes, device)
         name = "robustness"
-        if args.backend == "pettingzoo":
-            from envs import zoo  # PettingZoo is needed for nothing else
-
-            env = zoo.original(env)
-            name = "robustness_pettingzoo"
         labels = {"env_id": args.env_id, "regularizer": "rma3c"}
         strengths = SWEEP | {"adversary": [scale * args.epsilon for scale in SCALES if args.epsilon > 0]}
         make_policy = partial(trained_policy, nets, args=args)
-        robustness.report(env, make_policy, strengths, run, labels, name)
+        if args.eval_episodes:
+            test_env = envs.for_tests(env, args.num_seeds * args.eval_episodes)
+            if args.backend == "pettingzoo":
+                from envs import zoo  # PettingZoo is needed for nothing else
+
+                test_env = zoo.original(test_env)
+                name = "robustness_pettingzoo"
+            robustness.report(test_env, make_policy, strengths, run, labels, name)
         if args.capture_video:
-            env = make_env(args, args.num_seeds, device)
+            env = envs.for_tests(env, args.num_seeds)
             streams = envs.make_generators(args.seed, args.num_seeds, "video", device)
             envs.write_gif(env, make_policy(env).act, streams, run.dir / "episode.gif")
     print(f"results: {run.dir}")

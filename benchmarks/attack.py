@@ -207,7 +207,7 @@ def learn(victim: Victim, radius: float, args: Args) -> Callable:
     nets, optimizers = ernie_mappo.make_nets(env, ppo)
     new_streams = partial(envs.make_generators, args.seed, ppo.num_seeds, device=env.device)
     streams = {purpose: new_streams(purpose) for purpose in ("norm", "rollout", "minibatches")}
-    ernie_mappo.measure(env.step, env, nets["normalizer"], streams["norm"])
+    nets["normalizer"].flat.copy_(perturb.observation_moments(env.step, env, streams["norm"]))
     losses = {"critic": ernie_mappo.critic_loss, "actor": ernie_mappo.actor_loss}
     for k in tqdm(range(args.iterations), desc=f"radius {radius:g}", disable=None):
         optimizers["adam"].param_groups[0]["lr"] = args.learning_rate * (1 - k / args.iterations)

@@ -340,7 +340,7 @@ def training(replay: dict, num_seeds: int, device: torch.device, **options) -> C
     streams = envs.make_generators(args.seed, num_seeds, "speed", device)
     num_episodes = args.buffer_size // env.horizon // args.num_envs * args.num_envs
     if not replay:  # shared by all variants; the first fills it
-        replay |= script.make_replay(env, num_seeds, num_episodes)
+        replay |= script.make_replay(script.rollout(env.step, env, nets["actor"], 0.3, streams), num_episodes)
         for first in range(0, num_episodes, args.num_envs):
             episodes = script.rollout(env.step, env, nets["actor"], 0.3, streams)
             for name, values in episodes.items():
@@ -607,7 +607,7 @@ def mappo_loop(timing: Timing, regularizer: str, share_parameters: bool) -> Call
         losses = {name: compiled(loss) for name, loss in losses.items()}
     nets, optimizers = ernie_mappo.make_nets(env, args)
     streams = {name: envs.make_generators(args.seed, 1, name, device) for name in ("rollout", "minibatches", "noise")}
-    ernie_mappo.measure(env.step, env, nets["normalizer"], streams["rollout"])
+    nets["normalizer"].flat.copy_(envs.perturb.observation_moments(env.step, env, streams["rollout"]))
 
     def turn() -> None:
         episodes = ernie_mappo.rollout(step, env, nets, streams["rollout"], args)

@@ -1,10 +1,13 @@
 """Batched multi-agent environments: `envs.make(env_id, num_envs)` describes one; `reset` and `step` are functions."""
 
 import importlib
+import json
+import math
 import os
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,6 +68,57 @@ class Description:
         return torch.cat(parts, -1).to(self.device)
 
 
+def as_json(text: str):
+    """What JSON makes of it, or the text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def task_options(args) -> dict:
+    """Fields for `make` from the command line: --env-kwargs, JSON or name=value, --horizon, --cooperators and, of
+    wrapped environments, how many processes they use and whether they must be drawn. Raise ValueError for what is
+    neither."""
+    options = {}
+    for text in args.env_kwargs:
+        name, equals, value = text.partition("=")
+        try:
+            if text.startswith("{"):
+                options |= json.loads(text)
+            elif not name or not equals:
+                raise ValueError("no name or no value")
+            else:
+                options[name] = as_json(value)
+        except ValueError as error:
+            raise ValueError(f"--env-kwargs must be JSON or name=value, got {text}: {error}") from None
+    if args.horizon:
+        options["horizon"] = args.horizon
+    if args.cooperators:
+        options["cooperators"] = args.cooperators
+    if args.env_id.startswith("zoo:"):
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        options["num_workers"] = args.num_workers or max(1, cores)
+        options["render_mode"] = "rgb_array" if args.capture_video else None
+    return options
+
+
+def for_training(env: Env, args) -> Env:
+    """Of a wrapped environment the one whose episodes follow one another, no longer than the run."""
+    num_steps = math.ceil(args.total_timesteps / args.num_envs)
+    return env.for_training(num_steps) if hasattr(env, "for_training") else env
+
+
+def for_tests(env: Env, num_episodes: int) -> Env:
+    """The environment in which `robustness.evaluate` plays so many episodes: with as many copies, or, of a wrapped one,
+    in turns on those that there are."""
+    return env.for_tests(num_episodes) if hasattr(env, "for_tests") else replace(env, num_envs=num_episodes)
+
+
+class NoPicture(Exception):
+    """An environment that cannot be drawn here."""
+
+
 def make(
     env_id: str,
     num_envs: int,
@@ -79,8 +133,8 @@ def make(
     The bimatrix games, traffic and the economy are discrete, the drones continuous whatever `continuous_actions` says;
     elsewhere it chooses.
 
-    `zoo:package.module` wraps the `parallel_env` of that module (any PettingZoo parallel environment); there `fields`
-    go to its constructor, except `horizon` and `cooperators`, which are `envs.zoo.from_parallel_env`'s.
+    `zoo:package.module` wraps the `parallel_env` of that module, `zoo:namespace/Name-v0` one of PettingZoo's registry;
+    there `fields` go to its constructor, except those that `envs.zoo.make` names.
     """
     tasks = []
     for name in ("particle", "bimatrix", "traffic", "drones", "economy"):
@@ -132,26 +186,68 @@ def for_env(action: Tensor, env: Env) -> Tensor:
     return action.argmax(-1) if env.discrete else action
 
 
+def legal_actions(obs: Tensor, env: Env) -> Tensor:
+    """Which actions there are at obs [..., N, M, O]: [..., N, M, A] bool or what broadcasts to it. Wrapped environments
+    have their action masks in the last entries of observations, so that whoever has the one has the other."""
+    exists = env.action_mask[:, None]
+    if not getattr(env, "masked", False):
+        return exists
+    return exists & (obs[..., -exists.shape[-1] :] > 0.5)
+
+
+def live_mean(x: Tensor, live: Tensor | None) -> Tensor:
+    """Mean over samples [S, N, M] -> [S, N]; of agents that had not ended if `live` [S, N, M or more] says who."""
+    if live is None:
+        return x.mean(2)
+    live = live[:, :, : x.shape[2]]
+    return (x * live).sum(2) / live.sum(2).clamp_min(1)
+
+
+def std_mean(x: Tensor, dims: int | tuple, live: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Standard deviation and mean over `dims`, which stay with size 1; of where `live` is 1, if given."""
+    if live is None:
+        return torch.std_mean(x, dims, correction=0, keepdim=True)
+    count = live.sum(dims, keepdim=True).clamp_min(1)
+    mean = (x * live).sum(dims, keepdim=True) / count
+    variance = ((x - mean).square() * live).sum(dims, keepdim=True) / count
+    return variance.sqrt(), mean
+
+
 def team_mean(x: Tensor, env: Env) -> Tensor:
     """Mean over cooperating agents, [..., N] -> [...]. By a mask: an index of booleans waits for the device."""
     weight = env.cooperators.to(x.dtype)
     return (x * weight).sum(-1) / weight.sum()
 
 
+def episodic_return(returns: Tensor, env: Env) -> Tensor:
+    """[S] mean over environments and cooperating agents of the returns [S, B, N] of a rollout, or of the episodes that
+    a wrapped environment has finished in it."""
+    if hasattr(env, "episodic_returns"):
+        returns = env.episodic_returns().view(returns.shape)
+    return team_mean(returns.mean(1), env)
+
+
 @torch.no_grad()
 def write_gif(env: Env, act: Callable, generators: list[torch.Generator], path) -> None:
     """An episode of the first environment under `act`, obs [S, N, B, O] -> action [S, N, B, A]. An environment may name
-    `frame_steps` between two pictures, `frame_ms` of each, and how many past states its pictures show, `trail`."""
+    `frame_steps` between two pictures, `frame_ms` of each, and how many past states its pictures show, `trail`. Where
+    it cannot be drawn, a line says why."""
     frame_steps = getattr(env, "frame_steps", 1)
     past = deque(maxlen=getattr(env, "trail", 0))
     state, obs = env.reset(generators)
     frames = []
     for t in range(env.horizon):
         if t % frame_steps == 0:
-            frames.append(env.render(state, 0, past) if past else env.render(state, 0))
+            try:
+                frames.append(env.render(state, 0, past) if past else env.render(state, 0))
+            except NoPicture as error:
+                print(f"no {path}: {error}")
+                return
         past.append(state)
         action = act(by_agent(obs, len(generators)))
-        state, obs, *_ = env.step(state, for_env(action, env), env.draw(generators))
+        state, obs, _, terminated, truncated, _ = env.step(state, for_env(action, env), env.draw(generators))
+        if bool((terminated | truncated)[0]):
+            break
     save_gif(path, frames, getattr(env, "frame_ms", 100))
 
 

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from envs import per_seed
+from envs import by_agent, legal_actions, per_seed, std_mean
 
 
 def draw(
@@ -62,9 +62,13 @@ def observation_noise(env, obs: Tensor, kind: str, strength: float, generators: 
     return obs + strength * noise * (env.obs_mask & env.cooperators[:, None])
 
 
-def random_actions(env, generators: list[torch.Generator]) -> Tensor:
-    """Uniform over the action space: [B, N] int64 if discrete, else [B, N, A] with zeros in the padding."""
+def random_actions(env, generators: list[torch.Generator], obs: Tensor | None = None) -> Tensor:
+    """Uniform over the action space: [B, N] int64 if discrete, else [B, N, A] with zeros in the padding. Where the
+    environment has action masks, over what obs [B, N, O] says is legal."""
     sizes = torch.tensor(env.action_sizes, device=env.device)
+    if getattr(env, "masked", False):
+        legal = legal_actions(obs.unsqueeze(2), env).squeeze(2)
+        return torch.where(legal, draw(torch.rand, legal.shape, generators, obs), -1).argmax(-1)
     if env.discrete:
         # float64, so that the product stays below the number of actions
         like = torch.empty(0, dtype=torch.float64, device=env.device)
@@ -90,3 +94,25 @@ def replace_actions(
     chosen = scores.argmax(1)  # the largest of independent uniform numbers is a uniform choice
     hit = (torch.arange(env.num_agents, device=action.device) == chosen[:, None]) & (uniform[:, :1] < probability)
     return torch.where(hit.view(*hit.shape, *[1] * (action.ndim - 2)), replacement, action)
+
+
+@torch.no_grad()
+def observation_moments(step_env: Callable, env, generators: list[torch.Generator], period: int = 1) -> Tensor:
+    """[S, N, 2, O] mean and standard deviation of each entry of the observations in an episode of random actions, of
+    which all but every `period`-th are 0. An entry that does not vary has 0. Action masks, which are seen as they are,
+    have 0 and 1."""
+    S = len(generators)
+    state, obs = env.reset(generators)
+    seen, live = [], []
+    for t in range(env.horizon):
+        seen.append(by_agent(obs, S))
+        action = random_actions(env, generators, obs)
+        state, obs, *_, info = step_env(state, action * (t % period == 0), env.draw(generators))
+        if "live" in info:
+            live.append(by_agent(info["live"].unsqueeze(2), S).double())
+    std, mean = std_mean(torch.cat(seen, 2).double(), 2, torch.cat(live, 2) if live else None)
+    std = torch.where(std > 1e-6 * mean.abs(), std, 0)  # only rounding varies elsewhere
+    moments = torch.cat([mean, std], 2)
+    if getattr(env, "masked", False):
+        moments[..., -env.action_mask.shape[1] :] = torch.tensor([[0.0], [1.0]], device=obs.device)
+    return moments

@@ -22,7 +22,7 @@ from scipy.special import stdtrit  # scipy.stats is slow to import
 from torch import Tensor
 from tqdm import tqdm
 
-from envs import Env, by_agent, for_env, make_generators, new_figure, per_seed, perturb, runs, traffic
+from envs import Env, by_agent, for_env, legal_actions, make_generators, new_figure, per_seed, perturb, runs, traffic
 
 Generators = list[torch.Generator]  # one per seed
 Table = dict[str, dict[float, tuple[float, float]]]  # perturbation -> strength -> (mean, half of its 95% interval)
@@ -73,12 +73,13 @@ def worst_observations(
 
 
 def worst_actions(env: Env, policy: Policy, obs: Tensor, action: Tensor) -> Tensor:
-    """For each agent the action that is worst for the team, the others acting as they do: of discrete ones the worst,
-    of continuous ones the corner of the action box against the slope."""
+    """For each agent the action that is worst for the team, the others acting as they do: of discrete ones the worst
+    that are legal, of continuous ones the corner of the action box against the slope."""
     if not env.discrete:
         slope = torch.func.grad(lambda a: policy.team_value(obs, a).sum())(action)
         return torch.where(slope > 0, env.action_low, env.action_high) * env.action_mask[:, None]
     choices = torch.eye(action.shape[-1], dtype=action.dtype, device=action.device)
+    legal = legal_actions(obs, env).expand(action.shape)
     worst = torch.zeros_like(action)
     for agent, count in enumerate(env.action_sizes):
         values = []
@@ -86,7 +87,8 @@ def worst_actions(env: Env, policy: Policy, obs: Tensor, action: Tensor) -> Tens
             changed = action.clone()
             changed[:, agent] = choice
             values.append(policy.team_value(obs, changed))
-        worst[:, agent] = choices[torch.stack(values).argmin(0)]
+        values = torch.stack(values, -1).masked_fill(~legal[:, agent, :, :count], math.inf)
+        worst[:, agent] = choices[values.argmin(-1)]
     return worst
 
 
@@ -108,7 +110,7 @@ def act(env: Env, policy: Policy, obs: Tensor, perturbation: str, strength: floa
     joint = policy.act(see(env, policy, obs, perturbation, strength, generators))
     action = for_env(joint, env)
     if perturbation == "random_action":
-        other = perturb.random_actions(env, generators)
+        other = perturb.random_actions(env, generators, obs)
     elif perturbation in ("worst_action", "worst_one"):
         other = for_env(worst_actions(env, policy, by_agent(obs, S), joint), env)
     elif perturbation in ("flip_one", "flip_each"):
@@ -125,7 +127,8 @@ def act(env: Env, policy: Policy, obs: Tensor, perturbation: str, strength: floa
 def evaluate(
     env: Env, policy: Policy, generators: Generators, perturbation: str = "clean", strength: float = 0.0
 ) -> Tensor:
-    """Returns [S, B, N] of an episode in which cooperating agents alone are perturbed:
+    """Returns [S, B, N] of an episode of every environment, or of several in turns where it has `turns`, in which
+    cooperating agents alone are perturbed:
 
     gaussian, uniform    noise on observations; strength: standard deviation, half-width
     mad, policy.attacks  the worst observations; strength: radius of the ball
@@ -133,13 +136,57 @@ def evaluate(
     random_action        with probability `strength` one agent acts at random in a step
     worst_action         the same with the action that is worst for the team
     """
-    S, total = len(generators), 0.0
-    state, obs = env.reset(generators)
-    for _ in range(env.horizon):
-        action = act(env, policy, obs, perturbation, strength, generators)
-        state, obs, reward, *_ = env.step(state, action, env.draw(generators))
-        total = total + reward
-    return total.unflatten(0, (S, -1))
+    S, returns = len(generators), []
+    for _ in range(getattr(env, "turns", 1)):
+        total = 0.0
+        state, obs = env.reset(generators)
+        for _ in range(env.horizon):
+            action = act(env, policy, obs, perturbation, strength, generators)
+            state, obs, reward, terminated, truncated, info = env.step(state, action, env.draw(generators))
+            total = total + reward
+            if "live" in info and bool((terminated | truncated).all()):  # on the CPU anyway
+                break
+        returns.append(total.unflatten(0, (S, -1)))
+    return torch.cat(returns, 1)
+
+
+def player(env: Env, policy: Policy, num_seeds: int, index: int = 0) -> Callable:
+    """The policies of one of the seeds for a loop of PettingZoo's: act(observations, infos) -> actions, dictionaries by
+    agent, all as the agents' spaces have them."""
+
+    @torch.no_grad()
+    def act(observations: dict, infos: dict | None = None) -> dict:
+        if hasattr(env, "encode"):  # it knows spaces that ours do not have
+            obs = env.encode(observations, infos or {})
+        else:
+            obs = torch.zeros(env.obs_mask.shape, dtype=env.dtype, device=env.device)
+            for i, agent in enumerate(env.agents):
+                row = torch.as_tensor(observations.get(agent, 0.0), dtype=env.dtype, device=env.device)
+                obs[i, : env.obs_sizes[i]] = row
+        joint = policy.act(obs[None, :, None].expand(num_seeds, -1, 1, -1))
+        action = for_env(joint[index : index + 1], env)[0].cpu().numpy()
+        if hasattr(env, "decode"):
+            return env.decode(action, observations)
+        if env.discrete:
+            return {agent: int(action[i]) for i, agent in enumerate(env.agents) if agent in observations}
+        sizes = zip(env.agents, env.action_sizes)
+        return {agent: action[i, :size] for i, (agent, size) in enumerate(sizes) if agent in observations}
+
+    return act
+
+
+def loader(kind: type, make_env: Callable, make_nets: Callable, trained_policy: Callable) -> Callable:
+    """A script's `load_policy`, of its arguments, environment, networks and policies."""
+
+    def load_policy(path: str, seed_index: int = 0) -> Callable:
+        """The policies of a run, of one of the seeds in it, for a loop of PettingZoo's, see `player`."""
+        args, checkpoint = runs.saved(kind, path)
+        env = make_env(args, args.num_seeds, torch.device("cpu"))
+        nets, _ = make_nets(env, args)
+        runs.restore({"nets": {name: net.flat for name, net in nets.items()}}, checkpoint)
+        return player(env, trained_policy(nets, env, args), args.num_seeds, seed_index)
+
+    return load_policy
 
 
 def changed(env: Env, perturbation: str, strength: float, num_seeds: int) -> Env:

@@ -15,9 +15,11 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -128,12 +130,17 @@ def check_memory(env, args) -> None:
     steps = getattr(args, "rollout_steps", env.horizon)
     sample = N * (O + A) + 8 * hidden  # numbers that the networks of an agent hold for one
     rollout = args.num_envs * steps * N * (O + A)
+    is_wide = N * (O + A) > 8 * hidden
+    network = "the number of agents or the size of observations" if is_wide else "--hidden-size"
+    episodes = getattr(args, "eval_episodes", 0) or 0
+    if hasattr(env, "for_tests"):  # in turns
+        episodes = min(episodes, args.num_envs)
     needs = {
         "--num-envs": (3 + 2 * len(getattr(args, "eval_eta", ()))) * rollout,  # the economy tests all eta at once
         "--buffer-size": min(getattr(args, "buffer_size", 0), getattr(args, "total_timesteps", 0)) * N * (O + A),
         "--batch-size": getattr(args, "batch_size", 0) * N * sample,
-        "--eval-episodes": getattr(args, "eval_episodes", 0) * N * sample,
-        "--hidden-size": 8 * N * hidden * sample,
+        "--eval-episodes": episodes * N * sample,
+        network: 8 * N * hidden * sample,
     }
     needed = 4 * S * sum(needs.values())
     if env.device.type == "cuda":
@@ -226,6 +233,20 @@ def provenance(script: str) -> dict:
     return {"script": Path(script).stem, "git_commit": commit, "versions": versions}
 
 
+def make_run_dir(args, script: str) -> Path:
+    """The run's folder, new unless one is given, and in it args.json: the arguments, the script's name, the git commit
+    and versions."""
+    given = args.resume or args.evaluate
+    env_id = re.sub("[:/]", "_", args.env_id)
+    name = f"{env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"
+    run_dir = folder(given) if given else Path(args.runs_dir, name)
+    run_dir.mkdir(parents=True, exist_ok=given is not None)
+    if not args.evaluate:
+        with locked(run_dir), written(run_dir / "args.json") as file:
+            json.dump(asdict(args) | provenance(script), file, indent=2)
+    return run_dir
+
+
 # ---------------------------------------------------------------- arguments
 
 LONGER = (
@@ -258,20 +279,44 @@ def parse_args(kind: type, doc: str, presets: dict[str, dict] | None = None) -> 
     if path.is_dir():
         path = trained_file(path) if given.evaluate else path / "checkpoint.pt"
     checkpoint = load(path)
-    saved, known = checkpoint["args"], {f.name for f in fields(kind)}
-    if unknown := saved.keys() - known:
+    names, known = checkpoint["args"].keys(), {f.name for f in fields(kind)}
+    if unknown := names - known:
         raise ValueError(f"{path} has arguments that are unknown here: {', '.join(sorted(unknown))}")
-    if new := known - saved.keys():
+    if new := known - names:
         print(f"not in {path}, set to their defaults: {', '.join(sorted(new))}")
-    saved = kind(**saved | {"resume": None, "evaluate": None})
-    args = cli(default=saved)
+    old = kind(**checkpoint["args"] | {"resume": None, "evaluate": None})
+    args = cli(default=old)
     for name, value in asdict(args).items():
-        before, flag = getattr(saved, name), f"--{name.replace('_', '-')}"
+        before, flag = getattr(old, name), f"--{name.replace('_', '-')}"
         if value != before and not (name in CHANGEABLE or name in new or name.startswith("eval_")):
             raise ValueError(f"{flag} must be {before} as in {path}, got {value}")
         if name in LONGER and value < before:
             raise ValueError(f"{flag} must be at least {before} as in {path}, got {value}")
     return args, checkpoint
+
+
+def saved(kind: type, path: str) -> tuple:
+    """Arguments and checkpoint of the run at `path`, or of a file of one, without a look at the command line."""
+    path = Path(path)
+    checkpoint = load(trained_file(path) if path.is_dir() else path)
+    return kind(**checkpoint["args"] | {"resume": None, "evaluate": None}), checkpoint
+
+
+def setup(args) -> torch.device:
+    """Torch settings and the device. Under torchrun each process trains its share of the seeds, as a run of its own."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    if args.num_seeds % world_size:
+        raise ValueError(f"--num-seeds must be a multiple of torchrun's {world_size} processes, got {args.num_seeds}")
+    args.num_seeds //= world_size
+    args.seed += rank * args.num_seeds
+    torch.set_num_threads(args.num_threads)
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # filling costs a tenth of an update
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it
+    if args.cuda and torch.cuda.is_available():
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return torch.device("cpu")
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -153,7 +153,7 @@ def test_the_baseline_is_the_policys_mean_value():
     args, env, nets, batch = prepared(regularizer="none", normalize_advantage=False)
     batch["entropy_coef"] = torch.zeros((), device=DEVICE)
     output = script.policy(nets["actor"], batch["obs"], env)
-    probs = script.mixed_logprobs(output, batch["exploration"], env).exp()
+    probs = script.mixed_logprobs(output, batch["exploration"]).exp()
     q = script.counterfactual_values(nets["critic"], batch["obs"], batch["actions"])
     baseline = (probs * q).sum(-1)
     taken = (q * batch["actions"]).sum(-1)
@@ -182,7 +182,7 @@ def test_exploration_mixes_with_the_uniform_policy_of_valid_actions(exploration)
     z = torch.where(env.action_mask[:, None], z, -1e9).requires_grad_()
     uniform = env.action_mask / env.action_mask.sum(1, keepdim=True)
     expected = (1 - exploration) * F.softmax(z, -1) + exploration * uniform[:, None]
-    logprobs = script.mixed_logprobs(z, torch.tensor(exploration, device=DEVICE), env)
+    logprobs = script.mixed_logprobs(z, torch.tensor(exploration, device=DEVICE))
     torch.testing.assert_close(logprobs.exp(), expected, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(logprobs.exp().sum(-1), torch.ones_like(logprobs[..., 0]))
     assert (logprobs[:, 0, :, 2].exp() == 0).all() and not (logprobs.exp()[:, 1:] == 0).any()
@@ -426,7 +426,8 @@ def test_the_normaliser_is_measured_in_an_episode_of_random_play():
             return result
 
         streams = envs.make_generators(0, 2, "norm", DEVICE)
-        script.measure(step, env, nets["normalizer"], streams, args)
+        played, period = (replace(env, warmup=0, horizon=40), 10) if small is TRAFFIC else (env, 1)
+        nets["normalizer"].flat.copy_(perturb.observation_moments(step, played, streams, period))
         assert len(observed) == horizon + 1
         first = (replace(env, warmup=0) if small is TRAFFIC else env).reset(envs.make_generators(0, 2, "norm", DEVICE))
         x = torch.stack([first[1], *observed[1:-1]], 1).unflatten(0, (2, -1)).flatten(1, 2)  # [S, M, N, O]
@@ -545,7 +546,8 @@ def short_train(tmp_path, name, small, checkpoint=None, **options):
     args = Args(**(small | options))
     device = script.setup(args)
     num_envs = args.num_seeds * args.num_envs
-    env = script.make_env(args, num_envs, device, warmup=args.warmup, horizon=args.horizon - args.warmup)
+    lights = {"warmup": args.warmup, "horizon": args.horizon - args.warmup} if args.is_traffic else {}
+    env = script.make_env(args, num_envs, device, **lights)
     nets, optimizers = script.make_nets(env, args)
     if checkpoint:
         runs.restore({"nets": {name: net.flat for name, net in nets.items()}}, checkpoint)

@@ -165,7 +165,9 @@ def test_critic_target_by_hand():
 def test_next_observation_follows_the_observation():
     args = Args(**(SMALL | dict(batch_size=500)))
     env = script.make_env(args, 8, DEVICE)
-    replay = script.make_replay(env, 1, 20)
+    streams = script.envs.make_generators(0, 1, "test", DEVICE)
+    nets, _ = script.make_nets(env, args)
+    replay = script.make_replay(script.rollout(env.step, env, nets["actor"], 0.0, streams), 20)
     marks = torch.arange(20 * (env.horizon + 1), device=DEVICE, dtype=torch.float32).view(1, 20, -1, 1, 1)
     replay["obs"] += marks
     replay["rewards"] += marks[:, :, :-1, :, 0]

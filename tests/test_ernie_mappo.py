@@ -15,7 +15,7 @@ from PIL import Image
 from torch.distributions import Categorical, Normal, kl_divergence
 
 import ernie_mappo as script
-from envs import drones, robustness, runs
+from envs import drones, perturb, robustness, runs
 from ernie_mappo import Args
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -708,7 +708,7 @@ def test_observations_are_normalised_by_random_play(short):
 
     nets, _ = script.make_nets(env, args)
     normalizer = nets["normalizer"]
-    script.measure(step, env, normalizer, make_generators(1, 2, "norm", DEVICE))
+    normalizer.flat.copy_(perturb.observation_moments(step, env, make_generators(1, 2, "norm", DEVICE)))
     obs = torch.stack(seen).unflatten(1, (2, 50)).double()  # [T, S, B, N, O], without the last observation
     expected = torch.stack([obs.mean((0, 2)), obs.std((0, 2), correction=0)], 2)
     torch.testing.assert_close(normalizer.flat, expected.float(), rtol=1e-4, atol=1e-6)
@@ -792,7 +792,8 @@ def test_changed_flights(perturbation, strength, field, value):
 )
 def test_every_point_of_the_sweep_changes_returns(short, env_id, sweep, num_episodes):
     args, env, nets, _, _ = team_of(env_id, short, num_episodes=num_episodes, horizon=15)
-    script.measure(env.step, env, nets["normalizer"], make_generators(1, 2, "norm", DEVICE))
+    streams = make_generators(1, 2, "norm", DEVICE)
+    nets["normalizer"].flat.copy_(perturb.observation_moments(env.step, env, streams))
     strongest = {name: strengths[-1:] for name, strengths in getattr(script, sweep).items()}
     strongest |= {name: strengths[:1] for name, strengths in getattr(script, sweep).items() if name in env.dynamics}
     make_policy = partial(script.trained_policy, nets, args=args)

@@ -1,8 +1,16 @@
 """envs/zoo.py: our environments pass PettingZoo's own test, and PettingZoo's environments behave like ours."""
 
 import functools
+import math
+import os
+import pickle
+import subprocess
+import sys
+import types
+from pathlib import Path
 
 import numpy as np
+import pettingzoo
 import pytest
 import torch
 from gymnasium import spaces
@@ -11,7 +19,7 @@ from pettingzoo.test import parallel_api_test
 from test_particle import KINDS, from_mpe2, generators, mpe2_env
 
 import envs
-from envs import particle, perturb, zoo
+from envs import particle, perturb, robustness, zoo
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -185,7 +193,437 @@ def test_environments_that_cannot_be_wrapped():
         ({"action_spaces": mixed}, 4, "Box for all agents or Discrete for all agents"),
         ({"action_spaces": {"a": endless, "b": box}}, 4, "bounds of the actions must be finite"),
         ({"action_spaces": dict.fromkeys("ab", spaces.MultiDiscrete([2, 2]))}, 4, "Box for all agents or Discrete"),
-        ({}, None, "give horizon"),
     ):
         with pytest.raises(ValueError, match=message):
             zoo.from_parallel_env(functools.partial(Countdown, **options), 1, horizon=horizon)
+
+
+# ---------------------------------------------------------------- environments with unpleasant traits
+
+
+class Trait(ParallelEnv):
+    """Two agents see one random number, get reward 1 a step, and nobody ends; subclasses change one thing."""
+
+    metadata = {"name": "trait", "render_modes": ["rgb_array"]}
+    render_mode = "rgb_array"
+    space = spaces.Box(0, 1, (2,), np.float32)
+    actions = spaces.Discrete(3)
+    max_cycles = 6
+
+    def __init__(self):
+        self.possible_agents = ["a", "b"]
+
+    def observation_space(self, agent):
+        return self.space
+
+    def action_space(self, agent):
+        return self.actions
+
+    def observe(self):
+        return {agent: self.rng.random(2, dtype=np.float32) for agent in self.agents}
+
+    def infos(self):
+        return {agent: {} for agent in self.agents}
+
+    def reset(self, seed=None, options=None):
+        self.rng, self.agents, self.t = np.random.default_rng(seed), ["a", "b"], 0
+        return self.observe(), self.infos()
+
+    def ends(self):
+        """Who has terminated and who was truncated."""
+        return dict.fromkeys(self.agents, False), dict.fromkeys(self.agents, False)
+
+    def rewards(self):
+        return dict.fromkeys(self.agents, 1.0)
+
+    def step(self, actions):
+        self.t += 1
+        self.played = actions
+        terminated, truncated = self.ends()
+        result = self.observe(), self.rewards(), terminated, truncated, self.infos()
+        self.agents = [a for a in self.agents if not (terminated.get(a) or truncated.get(a))]
+        return result
+
+    def render(self):
+        return np.zeros((4, 4, 3), np.uint8)
+
+
+class Short(Trait):
+    """Cut after 3 to 5 steps, as its seed says."""
+
+    def reset(self, seed=None, options=None):
+        result = super().reset(seed)
+        self.length = int(self.rng.integers(3, 6))
+        return result
+
+    def ends(self):
+        return dict.fromkeys(self.agents, False), dict.fromkeys(self.agents, self.t == self.length)
+
+
+def play(env, steps, action=None, seed=1):
+    """What every step gives, from a reset on."""
+    state, obs = env.reset(generators(seed))
+    shape = (env.num_envs, env.num_agents, *([] if env.discrete else [env.action_mask.shape[1]]))
+    action = torch.zeros(shape, dtype=torch.int64 if env.discrete else env.dtype) if action is None else action
+    rows = [(obs,)]
+    for _ in range(steps):
+        state, obs, reward, terminated, truncated, info = env.step(state, action, None)
+        rows.append((obs, reward, terminated, truncated, info["live"], info["terminated"]))
+    return rows
+
+
+def test_one_episode_follows_another_in_training():
+    """In the step after its end a copy starts again: no reward, nobody live, the observation of a reset."""
+    env = zoo.from_parallel_env(Short, 5).for_training(20)
+    assert env.horizon == 6 and env.for_training(4).horizon == 4
+    env = zoo.from_parallel_env(Short, 5, horizon=30).for_training(20)
+    rows = play(env, 20)
+    over = torch.stack([row[3] for row in rows[1:]])
+    live = torch.stack([row[4] for row in rows[1:]]).bool()
+    rewards = torch.stack([row[1] for row in rows[1:]])
+    assert torch.equal(live[1:], ~over[:-1, :, None].expand(-1, -1, 2)) and live[0].all()
+    assert torch.equal(rewards, live.to(rewards.dtype)) and over[-1].all() and 10 < over[:-1].sum() < 25
+    lengths = env.episodic_returns()[:, 0]
+    assert (lengths >= 3).all() and (lengths <= 5).all()
+    assert torch.equal(torch.stack([row[0] for row in play(env, 20)]), torch.stack([row[0] for row in rows]))
+    resting = play(env.for_tests(5), 20)
+    assert torch.stack([row[1] for row in resting[1:]]).sum(0).max() <= 5 and not resting[-1][4].any()
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_numbers_do_not_depend_on_workers(num_workers):
+    alone = zoo.from_parallel_env(Short, 5, horizon=30).for_training(30)
+    shared = zoo.from_parallel_env(Short, 5, horizon=30, num_workers=num_workers).for_training(30)
+    for ours, theirs in zip(play(alone, 12), play(shared, 12)):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    assert shared.envs == [] and shared.render(None, 1).shape == (4, 4, 3)
+    shared.copies.close()
+    assert not any(process.is_alive() for process in shared.copies.processes)
+
+
+def test_an_evaluation_plays_whole_episodes_in_turns():
+    env = zoo.from_parallel_env(Short, 4, horizon=30).for_training(10)
+    tests = env.for_tests(10)
+    assert (tests.num_envs, tests.turns, tests.horizon, tests.autoreset) == (4, 3, 30, False)
+    few = env.for_tests(2)
+    policy = robustness.Policy(
+        output=lambda obs: torch.zeros(*obs.shape[:3], 3),
+        to_action=lambda output: output,
+        divergence=lambda output, clean: (output - clean).sum(-1),
+    )
+    returns = robustness.evaluate(tests, policy, generators(1, 2))
+    assert returns.shape == (2, 6, 2) and 1 < len(returns.unique()) and returns.min() >= 3 and returns.max() <= 5
+    steps = []
+    few.copies.step = lambda autoreset, real=few.copies.step: steps.append(1) or real(autoreset)
+    assert robustness.evaluate(few, policy, generators(1, 2)).shape == (2, 1, 2) and len(steps) <= 5
+
+
+class Mortal(Trait):
+    """a dies in step 2 and comes back in step 5; agents that were there have a last reward."""
+
+    max_cycles = 8
+
+    def ends(self):
+        return {agent: agent == "a" and self.t == 2 for agent in self.agents}, dict.fromkeys(self.agents, False)
+
+    def step(self, actions):
+        result = super().step(actions)
+        if self.t == 4:
+            self.agents = ["a", "b"]
+        return result
+
+
+def test_the_dead_do_not_count_and_may_return():
+    rows = play(zoo.from_parallel_env(Mortal, 1), 7)[1:]
+    assert [row[4][0, 0].item() for row in rows] == [1, 1, 0, 0, 0, 1, 1]  # its flags say so in step 5 first
+    assert [row[1][0, 0].item() for row in rows] == [1, 1, 0, 0, 0, 1, 1]
+    assert [row[5][0, 0].item() for row in rows] == [0, 1, 0, 0, 0, 0, 0]
+    assert all(row[4][0, 1] == 1 and not row[2] for row in rows)
+
+
+class Forgetful(Trait):
+    """Everybody terminates in step 3 and stays on the list."""
+
+    def step(self, actions):
+        self.t += 1
+        ends = dict.fromkeys(self.agents, self.t >= 3)
+        return self.observe(), self.rewards(), ends, dict.fromkeys(self.agents, False), self.infos()
+
+
+class Absent(Trait):
+    """b waits from step 2 to step 4 without an end; the list empties in step 5 without one."""
+
+    def step(self, actions):
+        result = super().step(actions)
+        self.agents = {2: ["a"], 3: ["a"], 4: ["a", "b"], 5: []}.get(self.t, self.agents)
+        return result
+
+
+def test_ends_that_an_environment_forgets():
+    rows = play(zoo.from_parallel_env(Forgetful, 1), 5)[1:]
+    assert [row[2].item() for row in rows] == [False, False, True, True, True]
+    assert [row[1][0, 0].item() for row in rows] == [1, 1, 1, 0, 0]
+    rows = play(zoo.from_parallel_env(Absent, 1), 6)[1:]
+    assert [row[3].item() for row in rows] == [False] * 4 + [True] * 2 and not rows[4][2]
+    assert [row[4][0, 1].item() for row in rows] == [1, 1, 1, 1, 1, 0]  # it waits: its return goes on
+    assert [row[0][0, 1].any().item() for row in rows] == [True, True, False, False, True, False]
+
+
+class Masked(Trait):
+    """Each step one of three actions is illegal, as infos say."""
+
+    def infos(self):
+        self.illegal = int(self.rng.integers(3))
+        mask = np.ones(3, dtype=np.int8)
+        mask[self.illegal] = 0
+        return {agent: {"action_mask": mask} for agent in self.agents}
+
+
+class MaskedDict(Masked):
+    """The same in a Dict observation, of numbers and bytes."""
+
+    space = spaces.Dict(
+        {
+            "observation": spaces.Dict({"x": spaces.Box(0, 255, (2,), np.uint8), "y": spaces.Discrete(3)}),
+            "action_mask": spaces.MultiBinary(3),
+        }
+    )
+
+    def observe(self):
+        mask = Masked.infos(self)["a"]["action_mask"] if self.agents else None
+        inner = {"x": np.array([0, 255], np.uint8), "y": 2}
+        return {agent: {"observation": inner, "action_mask": mask} for agent in self.agents}
+
+    def infos(self):
+        return {}
+
+
+@pytest.mark.parametrize("trait", [Masked, MaskedDict])
+def test_action_masks_travel_with_observations(trait):
+    env = zoo.from_parallel_env(trait, 3, num_workers=1)
+    assert (
+        env.masked and env.obs_mask[:, -3:].sum() == 0 and env.obs_sizes == (5,) * 2 if trait is MaskedDict else (2, 2)
+    )
+    state, obs = env.reset(generators(0))
+    for _ in range(5):
+        legal = envs.legal_actions(obs.unsqueeze(2), env).squeeze(2)
+        illegal = [copy.illegal for copy in env.envs]
+        assert (~legal).nonzero().tolist() == [[b, n, illegal[b]] for b in range(3) for n in range(2)]
+        action = perturb.random_actions(env, generators(3), obs)
+        assert legal.gather(2, action[:, :, None]).all()
+        noisy = perturb.observation_noise(env, obs, "gaussian", 1.0, generators(4))
+        assert torch.equal(noisy[..., -3:], obs[..., -3:]) and not torch.equal(noisy, obs)
+        state, obs, *_ = env.step(state, action, None)
+    if trait is MaskedDict:
+        assert obs[0, 0, :5].tolist() == [0, 1, 0, 0, 1]
+    moments = perturb.observation_moments(env.step, env, generators(5))
+    assert moments[..., 0, -3:].eq(0).all() and moments[..., 1, -3:].eq(1).all()
+
+
+def test_integer_boxes_round():
+    class Whole(Trait):
+        actions = spaces.Box(0, 5, (1,), np.int64)
+
+    env = zoo.from_parallel_env(Whole, 1)
+    played = []
+    for value in (0.0, 0.4, 0.6, 4.4, 4.6, 5.0, 9.0):
+        play(env, 1, torch.full((1, 2, 1), value))
+        played.append(env.envs[0].played["a"].item())
+    assert played == [0, 0, 1, 4, 5, 5, 5]
+
+
+class Wrong(Trait):
+    """What it does wrong in step 2."""
+
+    kind = ""
+
+    def observe(self):
+        obs = super().observe()
+        if self.t == 2 and self.kind in WRONG_OBSERVATIONS:
+            obs["b"] = WRONG_OBSERVATIONS[self.kind]
+        return obs
+
+    def rewards(self):
+        good = super().rewards()
+        return good | {"b": WRONG_REWARDS[self.kind]} if self.t == 2 and self.kind in WRONG_REWARDS else good
+
+    def ends(self):
+        if self.kind == "raises" and self.t == 2:
+            raise KeyError("no such door")
+        return super().ends()
+
+
+WRONG_OBSERVATIONS = {
+    "nan": np.array([0, np.nan], np.float32),
+    "infinite": np.array([np.inf, 0], np.float32),
+    "outside": np.array([0, 7], np.float32),
+    "shape": np.zeros(3, np.float32),
+    "object": "x",
+}
+WRONG_REWARDS = {"vector": np.ones(2), "nan reward": math.nan, "text": "x"}
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("kind", [*WRONG_OBSERVATIONS, *WRONG_REWARDS, "raises"])
+def test_what_an_environment_does_wrong_is_named(kind, num_workers):
+    class This(Wrong):
+        pass
+
+    This.kind = kind
+    env = zoo.from_parallel_env(This, 2, num_workers=num_workers, env_id="zoo:this")
+    with pytest.raises(zoo.EnvironmentFault, match=r"zoo:this, step 1.*(of b|no such door|'x'|door)") as caught:
+        play(env, 3)
+    assert "\n" not in str(caught.value)
+    assert kind != "nan" or "nan" in str(caught.value)
+
+
+def test_rewards_in_arrays_of_one_are_numbers():
+    class Ones(Trait):
+        def rewards(self):
+            return dict.fromkeys(self.agents, np.array([2.0]))
+
+    assert play(zoo.from_parallel_env(Ones, 1), 1)[1][1].tolist() == [[2.0, 2.0]]
+
+
+def test_a_worker_that_dies_is_named():
+    class Deadly(Trait):
+        def ends(self):
+            os._exit(3)
+
+    env = zoo.from_parallel_env(Deadly, 2, num_workers=2, env_id="zoo:deadly")
+    with pytest.raises(zoo.EnvironmentFault, match="zoo:deadly: a worker process has died"):
+        play(env, 1)
+
+
+def test_spaces_that_cannot_be_flattened_are_refused():
+    class Words(Trait):
+        space = spaces.Text(5)
+
+    with pytest.raises(ValueError, match="observations must be Box"):
+        zoo.from_parallel_env(Words, 1)
+
+
+def test_a_team_is_named_by_first_letters():
+    env = envs.make("zoo:mpe2.simple_tag_v3", 1, cooperators=("adversary",))
+    assert env.cooperators.tolist() == [True] * 3 + [False]
+
+
+# ---------------------------------------------------------------- how an environment is found
+
+
+MODULES = {
+    "plain.py": "from test_zoo import Short as parallel_env",
+    "only_env.py": "from pettingzoo.utils import parallel_to_aec\nfrom test_zoo import Short\n"
+    "def env():\n    aec = parallel_to_aec(Short())\n    aec.metadata['is_parallelizable'] = True\n    return aec",
+    "broken.py": "import no_such_package",
+    "raising.py": "def parallel_env():\n    raise RuntimeError('no screen')",
+    "wordy.py": "def parallel_env(size, colour='red'):\n    assert size == 3\n    "
+    "from test_zoo import Short\n    return Short()",
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, with these modules."""
+    for name, text in MODULES.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    for name in MODULES:
+        sys.modules.pop(name.removesuffix(".py"), None)
+
+
+def test_modules_in_the_current_folder(folder):
+    assert envs.make("zoo:plain", 2).agents == ["a", "b"]
+    assert envs.make("zoo:only_env", 1).agents == ["a", "b"]
+    assert envs.make("zoo:wordy", 1, size=3).num_agents == 2
+    for name, options, message in (
+        ("broken", {}, "no_such_package"),
+        ("raising", {}, "no screen"),
+        ("wordy", {}, "size"),
+        ("wordy", {"size": 3, "shape": 1}, "shape"),
+        ("sisl/no_such_thing-v1", {}, "no_such_thing"),
+    ):
+        with pytest.raises(zoo.EnvironmentFault, match=message):
+            envs.make(f"zoo:{name}", 1, **options)
+
+
+def test_an_id_of_the_registry():
+    if not hasattr(pettingzoo, "register"):
+        pytest.skip("this PettingZoo has no registry")
+    pettingzoo.register("parallel", "ours/Short-v0", entry_point=Short)
+    assert envs.make("zoo:ours/Short-v0", 1).agents == ["a", "b"]
+
+
+def test_the_command_line_reaches_the_environment():
+    args = types.SimpleNamespace(
+        env_id="zoo:x", env_kwargs=("N=4", '{"a": [1], "b": "c"}', "name=x"), horizon=7, cooperators=("a",)
+    )
+    args.num_workers, args.capture_video = 1, False
+    expected = {"N": 4, "a": [1], "b": "c", "name": "x", "horizon": 7, "cooperators": ("a",)}
+    assert envs.task_options(args) == expected | {"num_workers": 1, "render_mode": None}
+    for wrong in ("N", "{a", "=3"):
+        args.env_kwargs = (wrong,)
+        with pytest.raises(ValueError, match="--env-kwargs must be JSON or name=value"):
+            envs.task_options(args)
+
+
+# ---------------------------------------------------------------- ours -> PettingZoo
+
+
+def test_pickled_copies_draw_their_own_numbers():
+    parallel = zoo.to_parallel_env(envs.make("simple_spread_v3", 1))
+    first, second = (pickle.loads(pickle.dumps(parallel)).reset()[0]["agent_0"] for _ in range(2))
+    assert not np.array_equal(first, second)
+
+
+def test_actions_outside_their_space_are_refused():
+    for discrete, wrong in ((False, [np.nan] * 5), (False, [2.0] * 5), (False, [0.0] * 4), (True, 5), (True, 1.5)):
+        parallel = zoo.to_parallel_env(envs.make("simple_spread_v3", 1, continuous_actions=not discrete))
+        parallel.reset(seed=0)
+        good = {agent: parallel.action_space(agent).sample() for agent in parallel.agents}
+        with pytest.raises(ValueError, match="the action of agent_1 must be in"):
+            parallel.step(good | {"agent_1": wrong})
+        with pytest.raises(ValueError, match="actions must have one of agent_2"):
+            parallel.step({agent: good[agent] for agent in ("agent_0", "agent_1")})
+
+
+def test_after_the_end_nobody_is_left_to_act():
+    parallel = zoo.to_parallel_env(envs.make("simple_spread_v3", 1), max_cycles=2)
+    parallel.reset(seed=0)
+    for _ in range(2):
+        result = parallel.step({agent: np.zeros(5, np.float32) for agent in parallel.agents})
+    assert all(result[3].values()) and parallel.agents == [] and parallel.max_cycles == 2
+    assert parallel.step({}) == ({}, {}, {}, {}, {})
+
+
+def test_the_economys_masks_and_planner():
+    env = envs.make("economy_tiny_v0", 1)
+    parallel = zoo.to_parallel_env(env, with_planner=True)
+    parallel_api_test(parallel, num_cycles=30)
+    obs, infos = parallel.reset(seed=3)
+    assert obs.keys() == infos.keys() == {*env.agents, "planner"}
+    mask = infos["agent_0"]["action_mask"]
+    assert mask.shape == (env.action_sizes[0],) and 0 < mask.sum() < len(mask)
+    rates = infos["planner"]["action_mask"]
+    assert rates.shape == (len(env.cutoffs), 1 + env.num_rates) and rates.all()  # a period starts
+    still = {agent: 0 for agent in env.agents}
+    _, rewards, _, _, infos = parallel.step(still | {"planner": np.full(len(env.cutoffs), 3)})
+    assert (parallel.batch_state.rates == 2 * env.rate_step).all() and "planner" in rewards
+    assert infos["planner"]["action_mask"][:, 1:].sum() == 0
+    with pytest.raises(ValueError, match="it has none"):
+        zoo.to_parallel_env(envs.make("simple_spread_v3", 1), with_planner=True)
+    wrapped = zoo.from_parallel_env(lambda: zoo.to_parallel_env(env), 1)
+    assert wrapped.masked and wrapped.horizon == env.horizon
+
+
+def test_all_but_zoo_works_without_pettingzoo(tmp_path):
+    code = (
+        "import sys\nsys.modules['pettingzoo'] = None\nimport envs, ernie_maddpg, ernie_mappo, ernie_coma\n"
+        "envs.make('simple_spread_v3', 1)\n"
+        "try:\n    envs.make('zoo:x', 1)\nexcept ImportError as error:\n    print('no', error.name)"
+    )
+    root = Path(__file__).parent.parent
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert result.stdout == "no pettingzoo\n", result.stderr
