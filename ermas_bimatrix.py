@@ -45,7 +45,7 @@ from tqdm import tqdm
 import envs
 from envs import bimatrix, runs
 from envs.bimatrix import Bimatrix
-from envs.runs import Name, Threads, make_run_dir, setup
+from envs.runs import Name, Threads, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # what is known of a batch of games, its random numbers, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
@@ -692,7 +692,7 @@ def play_tests(task: Task, planner: MLP) -> Batch:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Environment and logs
+# Environment
 
 
 def make_env(args: Args, num_envs: int, device: torch.device) -> Bimatrix:
@@ -725,22 +725,6 @@ def make_task(env: Bimatrix, args: Args) -> Task:
     if "domain-randomization" in args.method:
         settings["noise"] = settings["q"].new_zeros(len(labels), 2, env.num_states, env.num_moves**2)
     return Task(env, args, settings, make_features(env, args))
-
-
-def log(run: runs.Run, step: int, metrics: Batch) -> None:
-    """A row per seed in metrics.csv and in the seed's wandb run; metrics [S]. Raise FloatingPointError for a NaN."""
-    columns = {name: values.tolist() for name, values in metrics.items()}
-    rows = []
-    for k, label in enumerate(run.labels):
-        row = label | {"global_step": step}
-        for name, values in columns.items():
-            if not math.isfinite(values[k]):
-                raise FloatingPointError(f"{name} is not finite at step {step}, {label}")
-            row[name] = values[k]
-        rows.append(row)
-    run.rows += rows
-    runs.write_rows(run.dir / "metrics.csv", run.rows)
-    runs.log_wandb(run, rows, step)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ from tqdm import tqdm
 import envs
 from envs import economy, perturb, runs
 from envs.economy import BUILD, Economy, State
-from envs.runs import Name, Share, Threads, make_run_dir, setup
+from envs.runs import Name, Share, Threads, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # episodes, samples, or metrics [S]
 Generators = list[torch.Generator]  # one per run
@@ -836,23 +836,7 @@ def play_last(task: Task, learner: Learner, run_dir: Path) -> Batch:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Environment and logs
-
-
-def log(run: runs.Run, step: int, metrics: Batch) -> None:
-    """A row per seed in metrics.csv and in the seed's wandb run; metrics [S]. Raise FloatingPointError for a NaN."""
-    columns = {name: values.tolist() for name, values in metrics.items()}
-    rows = []
-    for k, label in enumerate(run.labels):
-        row = label | {"global_step": step}
-        for name, values in columns.items():
-            if not math.isfinite(values[k]):
-                raise FloatingPointError(f"{name} is not finite at step {step}, {label}")
-            row[name] = values[k]
-        rows.append(row)
-    run.rows += rows
-    runs.write_rows(run.dir / "metrics.csv", run.rows)
-    runs.log_wandb(run, rows, step)
+# Environment
 
 
 def make_env(args: Args, num_runs: int, phase: str, device: torch.device, eta: Tensor | None = None) -> Economy:
@@ -863,7 +847,14 @@ def make_env(args: Args, num_runs: int, phase: str, device: torch.device, eta: T
         fields["eta"] = eta.repeat_interleave(args.num_envs)
     num_envs = num_runs * args.num_envs
     if phase == "one":
-        return envs.make(args.env_id, num_envs, device, tax="free", labor_constant=args.labor_constant, **fields)
+        return envs.make(
+            args.env_id,
+            num_envs,
+            device,
+            tax="free",
+            labor_constant=args.labor_constant,
+            **fields,
+        )
     env = envs.make(args.env_id, num_envs, device, tax=TAXES[args.method], **fields)
     episodes = args.tax_annealing * args.phase_two_timesteps / (args.num_envs * env.horizon)
     if episodes == 0 or eta is not None:  # the test's agents live with the taxes as they are

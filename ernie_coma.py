@@ -42,7 +42,7 @@ from torch import Tensor
 
 import envs
 from envs import Env, particle, perturb, robustness, runs, sumo, traffic
-from envs.runs import Name, Share, Threads, make_run_dir, setup
+from envs.runs import Name, Share, Threads, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # rollouts, samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
@@ -653,7 +653,7 @@ def assess(nets: Nets, batch: Batch, env: Env, args: Args) -> Batch:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Environment and logs
+# Environment
 
 
 def make_env(args: Args, num_envs: int, device: torch.device, **lights) -> Env:
@@ -673,22 +673,6 @@ def make_env(args: Args, num_envs: int, device: torch.device, **lights) -> Env:
     if not env.discrete:
         raise ValueError(f"--env-id must have discrete actions, got {args.env_id}")
     return sumo.from_traffic(env) if args.backend == "sumo" else env
-
-
-def log(run: runs.Run, step: int, metrics: Batch) -> None:
-    """A row per seed in metrics.csv and in the seed's wandb run; metrics [S]. Raise FloatingPointError for a NaN."""
-    columns = {name: values.tolist() for name, values in metrics.items()}
-    rows = []
-    for k, label in enumerate(run.labels):
-        row = label | {"global_step": step}
-        for name, values in columns.items():
-            if not math.isfinite(values[k]):
-                raise FloatingPointError(f"{name} is not finite at step {step}, {label}")
-            row[name] = values[k]
-        rows.append(row)
-    run.rows += rows
-    runs.write_rows(run.dir / "metrics.csv", run.rows)
-    runs.log_wandb(run, rows, step)
 
 
 load_policy = robustness.loader(Args, make_env, make_nets, trained_policy)  # act = load_policy("runs/RUN")

@@ -43,7 +43,7 @@ from torch import Tensor
 
 import envs
 from envs import Env, perturb, robustness, runs
-from envs.runs import Name, Share, Threads, make_run_dir, setup
+from envs.runs import Name, Share, Threads, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
@@ -84,13 +84,15 @@ class Args:
     continuous_actions: bool = True  # or discrete ones, by straight-through Gumbel-softmax
     total_timesteps: PositiveInt = 500_000  # environment steps of one seed
     num_envs: PositiveInt = 40  # B, environments of one seed that step together
-    steps_per_update: PositiveInt = 50  # environment steps of one seed per update (maddpg-pytorch: 100)
+    share_parameters: bool | None = None  # one network for all agents; default: where all are alike and of one team
+    steps_per_update: PositiveInt = 25  # environment steps of one seed per update (maddpg-pytorch: 100)
     learning_starts: NonNegativeInt = 5_000  # environment steps before the first update
     buffer_size: PositiveInt = 250_000  # replay capacity of one seed in environment steps (maddpg-pytorch: 1e6)
-    batch_size: PositiveInt = 1024  # M, transitions per minibatch
-    learning_rate: PositiveFloat = 1e-3  # Adam step size of actors and critics (maddpg-pytorch: 1e-2)
-    gamma: Share = 0.95  # discount factor
-    tau: Share = 0.01  # share by which the targets move at each update
+    batch_size: PositiveInt = 128  # M, transitions per minibatch (maddpg-pytorch: 1024)
+    learning_rate: PositiveFloat = 3e-3  # Adam step size of actors and critics (maddpg-pytorch: 1e-2)
+    learning_rate_end: PositiveFloat = 3e-4  # the same at the end, linear in between
+    gamma: Share = 0.9  # discount factor (paper: 0.95)
+    tau: Share = 0.03  # share by which the targets move at each update (maddpg-pytorch: 0.01)
     hidden_size: PositiveInt = 64  # width of the two hidden layers (paper: 64; 32 to 256 in Figure 4d)
     activation: Literal["relu", "silu", "tanh"] = "relu"  # hidden activation
     exploration_noise: NonNegativeFloat = 0.8  # continuous: first standard deviation, in half-widths of the range
@@ -108,7 +110,7 @@ class Args:
     attack_steps: NonNegativeInt = 3  # K, ascent steps of adversarial and stackelberg; 0 is MADDPG
     attack_lr: PositiveFloat | None = None  # eta, length of an ascent step / epsilon; default: 1 if K = 1, else 2.5 / K
     reg_coef: NonNegativeFloat = 0.1  # lambda, weight of the regulariser
-    reg_batch_size: PositiveInt = 256  # samples of the minibatch on which the regulariser is estimated
+    reg_batch_size: PositiveInt = 64  # samples of the minibatch on which the regulariser is estimated
     divergence: Literal["auto", "l2", "l2_squashed", "kl", "l2_probs"] = "auto"  # D; auto: l2 (continuous) or kl
     action_reg_coef: NonNegativeFloat = 0.0  # lambda_A, weight of ERNIE-A (Eq. 7) in the critic loss
     action_epsilon: PositiveFloat = 0.5  # continuous ERNIE-A: l2 radius of the joint-action perturbation
@@ -204,18 +206,19 @@ def init_mlp(sizes: list[int], activation: str, num_agents: int, generators: Gen
 
 
 def make_nets(env: Env, args: Args) -> tuple[Nets, dict[str, torch.optim.Optimizer]]:
-    """Actors, critics and their targets; an Adam for all actors and one for all critics."""
+    """Actors, critics and their targets, of each agent or of all; an Adam for all actors and one for all critics."""
     generators = envs.make_generators(args.seed, args.num_seeds, "init", env.device)
     N, O = env.obs_mask.shape
     A = env.action_mask.shape[1]
     hidden = [args.hidden_size, args.hidden_size]
     sizes = {
         "actor": [O, *hidden, A],
-        "critic": [N * (O + A), *hidden, 1],
+        "critic": [N * (O + A), *hidden, 2],  # the second output is for rounding: one alone has kernels of its own
     }
     nets, optimizers = {}, {}
+    is_shared = envs.are_alike(env) if args.share_parameters is None else args.share_parameters
     for name in sizes:
-        net = init_mlp(sizes[name], args.activation, N, generators)
+        net = init_mlp(sizes[name], args.activation, 1 if is_shared else N, generators)
         nets[name] = net
         nets[f"{name}_target"] = replace(net, flat=net.flat.detach().clone())
         optimizers[name] = torch.optim.Adam([net.flat], args.learning_rate, fused=True)
@@ -224,8 +227,12 @@ def make_nets(env: Env, args: Args) -> tuple[Nets, dict[str, torch.optim.Optimiz
 
 def policy(actor: MLP, obs: Tensor, env: Env) -> Tensor:
     """Actions before tanh, or logits: obs [S, N, M, O] -> [S, N, M, A]. What is not legal is 0, or -1e9 if discrete."""
-    illegal = -1e9 if env.discrete else 0.0
-    return torch.where(envs.legal_actions(obs, env), actor(obs), illegal)
+    S, N, M, _ = obs.shape
+    legal = envs.legal_actions(obs, env)
+    if len(actor.flat) == S:  # of all agents
+        obs = obs.reshape(S, 1, N * M, -1)
+    output = actor(obs).view(S, N, M, -1)
+    return torch.where(legal, output, -1e9 if env.discrete else 0.0)
 
 
 def one_hot_best(output: Tensor) -> Tensor:
@@ -253,10 +260,23 @@ def everybody(x: Tensor) -> Tensor:
     return x.transpose(1, 2).unsqueeze(1)
 
 
+def own_first(x: Tensor) -> Tensor:
+    """What a critic that all agents share is asked, [S, 1, N * M, N, X], of what they see or do, [S, 1 or N, M, N, X]:
+    for each agent, itself and then the others in their order."""
+    N = x.shape[3]
+    agent = torch.arange(N, device=x.device)
+    order = (agent[:, None] + agent) % N  # [N, N]
+    x = x.expand(-1, N, -1, -1, -1).take_along_dim(order[None, :, None, :, None], 3)
+    return x.flatten(1, 2).unsqueeze(1)
+
+
 def q_values(critic: MLP, obs: Tensor, joint: Tensor) -> Tensor:
     """Q_i(x, a) of every agent's critic [S, N, M]: obs [S, N, M, O], joint actions [S, C, M, N, A]."""
-    values = critic(everybody(obs).flatten(3), joint.flatten(3))
-    return values.squeeze(-1)
+    S, N, M, _ = obs.shape
+    seen = everybody(obs)
+    if len(critic.flat) == S:
+        seen, joint = own_first(seen), own_first(joint)
+    return critic(seen.flatten(3), joint.flatten(3))[..., 0].reshape(S, N, M)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -608,36 +628,27 @@ def trained_policy(nets: Nets, env: Env, args: Args) -> robustness.Policy:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Environment and logs
+# Environment
 
 
 def make_env(args: Args, num_envs: int, device: torch.device) -> Env:
     """The task of `args`. Raise ValueError where the arguments do not fit it."""
     options = envs.task_options(args)
-    env = envs.make(args.env_id, num_envs, device, torch.float32, args.num_agents, args.continuous_actions, **options)
+    env = envs.make(
+        args.env_id,
+        num_envs,
+        device,
+        torch.float32,
+        args.num_agents,
+        args.continuous_actions,
+        **options,
+    )
     env = envs.for_training(env, args)
     if env.discrete == args.continuous_actions:
         raise ValueError(f"--continuous-actions must be {not env.discrete} with {args.env_id}")
     if args.buffer_size < args.num_envs * env.horizon:
-        needed = f"{env.horizon} steps (--horizon) of each of --num-envs"
-        raise ValueError(f"--buffer-size must hold an episode, {needed}, got {args.buffer_size}")
+        raise ValueError(f"--buffer-size must hold an episode of each of --num-envs, got {args.buffer_size}")
     return env
-
-
-def log(run: runs.Run, step: int, metrics: Batch) -> None:
-    """A row per seed in metrics.csv and in the seed's wandb run; metrics [S]. Raise FloatingPointError for a NaN."""
-    columns = {name: values.tolist() for name, values in metrics.items()}
-    rows = []
-    for k, label in enumerate(run.labels):
-        row = label | {"global_step": step}
-        for name, values in columns.items():
-            if not math.isfinite(values[k]):
-                raise FloatingPointError(f"{name} is not finite at step {step}, {label}")
-            row[name] = values[k]
-        rows.append(row)
-    run.rows += rows
-    runs.write_rows(run.dir / "metrics.csv", run.rows)
-    runs.log_wandb(run, rows, step)
 
 
 load_policy = robustness.loader(Args, make_env, make_nets, trained_policy)  # act = load_policy("runs/RUN")
@@ -692,9 +703,12 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
         while step < args.total_timesteps and not caught:
             progress = step / args.total_timesteps
             std = args.exploration_noise + (args.exploration_noise_end - args.exploration_noise) * progress
+            for optimizer in optimizers.values():
+                step_size = (1 - progress) * args.learning_rate + progress * args.learning_rate_end
+                optimizer.param_groups[0]["lr"] = step_size
             episodes = rollout(step_env, env, nets["actor"], std, streams["rollout"])
-            mean_return = envs.episodic_return(episodes["rewards"].sum(2), env)
-            window["charts/episodic_return"].append(mean_return)
+            returns = episodes["rewards"].sum(2)  # [S, B, N]
+            window["charts/episodic_return"].append(envs.episodic_return(returns, env))
             replay = replay or make_replay(episodes, slots * args.num_envs)
             slot = iteration % slots * args.num_envs
             for name, values in episodes.items():
@@ -724,8 +738,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
                 speed = S * (step - first_step) / (time.perf_counter() - started)
                 metrics["charts/SPS"] = torch.full((S,), speed)
                 log(run, step, metrics)
-                mean_return = metrics["eval/episodic_return"].mean()
-                runs.show_progress(bar, episodic_return=f"{mean_return:.2f}")
+                runs.show_progress(bar, episodic_return=f"{metrics['eval/episodic_return'].mean():.2f}")
                 window = defaultdict(list)
                 started, first_step = time.perf_counter(), step
             if done or caught or step % args.checkpoint_interval < steps_per_iteration:

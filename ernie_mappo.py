@@ -42,7 +42,7 @@ from torch import Tensor
 
 import envs
 from envs import Env, bullet, drones, perturb, robustness, runs
-from envs.runs import Name, Share, Threads, make_run_dir, setup
+from envs.runs import Name, Share, Threads, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # episodes, samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
@@ -678,7 +678,7 @@ def assess(nets: Nets, samples: Batch, env: Env, test_env: Env, args: Args) -> B
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Environment and logs
+# Environment
 
 
 def make_env(args: Args, num_envs: int, device: torch.device) -> Env:
@@ -692,22 +692,6 @@ def make_env(args: Args, num_envs: int, device: torch.device) -> Env:
     if samples % args.num_minibatches:
         raise ValueError(f"--num-minibatches must divide an iteration's {samples} steps, got {args.num_minibatches}")
     return env
-
-
-def log(run: runs.Run, step: int, metrics: Batch) -> None:
-    """A row per seed in metrics.csv and in the seed's wandb run; metrics [S]. Raise FloatingPointError for a NaN."""
-    columns = {name: values.tolist() for name, values in metrics.items()}
-    rows = []
-    for k, label in enumerate(run.labels):
-        row = label | {"global_step": step}
-        for name, values in columns.items():
-            if not math.isfinite(values[k]):
-                raise FloatingPointError(f"{name} is not finite at step {step}, {label}")
-            row[name] = values[k]
-        rows.append(row)
-    run.rows += rows
-    runs.write_rows(run.dir / "metrics.csv", run.rows)
-    runs.log_wandb(run, rows, step)
 
 
 load_policy = robustness.loader(Args, make_env, make_nets, trained_policy)  # act = load_policy("runs/RUN")

@@ -44,7 +44,7 @@ from torch import Tensor
 
 import envs
 from envs import Env, perturb, robustness, runs, sumo, traffic
-from envs.runs import Name, Share, Threads, make_run_dir, setup
+from envs.runs import Name, Share, Threads, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
@@ -625,7 +625,7 @@ def make_lights(nets: Nets, args: Args, device: torch.device, episodes: int, lim
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Environment and logs
+# Environment
 
 
 def make_env(args: Args, num_envs: int, device: torch.device, **fields) -> Env:
@@ -635,24 +635,13 @@ def make_env(args: Args, num_envs: int, device: torch.device, **fields) -> Env:
         fields |= {"env_id": args.env_id, "rows": rows, "cols": cols}
         if args.flow:
             fields["flow"] = args.flow if len(args.flow) > 1 else args.flow[0]
-    env = envs.make(num_envs=num_envs, device=device, model=args.model, **fields)
+    env = envs.make(
+        num_envs=num_envs,
+        device=device,
+        model=args.model,
+        **fields,
+    )
     return sumo.from_traffic(env) if args.backend == "sumo" else env
-
-
-def log(run: runs.Run, step: int, metrics: Batch) -> None:
-    """A row per seed in metrics.csv and in the seed's wandb run; metrics [S]. Raise FloatingPointError for a NaN."""
-    columns = {name: values.tolist() for name, values in metrics.items()}
-    rows = []
-    for k, label in enumerate(run.labels):
-        row = label | {"global_step": step}
-        for name, values in columns.items():
-            if not math.isfinite(values[k]):
-                raise FloatingPointError(f"{name} is not finite at step {step}, {label}")
-            row[name] = values[k]
-        rows.append(row)
-    run.rows += rows
-    runs.write_rows(run.dir / "metrics.csv", run.rows)
-    runs.log_wandb(run, rows, step)
 
 
 load_policy = robustness.loader(Args, make_env, make_nets, trained_policy)  # act = load_policy("runs/RUN")

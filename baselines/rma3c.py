@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where envs is
 
 import envs
 from envs import Env, perturb, robustness, runs
-from envs.runs import Name, Share, Threads, make_run_dir, setup
+from envs.runs import Name, Share, Threads, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
@@ -471,7 +471,7 @@ def trained_policy(nets: Nets, env: Env, args: Args) -> robustness.Policy:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Environment and logs
+# Environment
 
 
 def make_env(args: Args, num_envs: int, device: torch.device) -> Env:
@@ -482,25 +482,8 @@ def make_env(args: Args, num_envs: int, device: torch.device) -> Env:
     if env.discrete == args.continuous_actions:
         raise ValueError(f"--continuous-actions must be {not env.discrete} with {args.env_id}")
     if args.buffer_size < args.num_envs * env.horizon:
-        needed = f"{env.horizon} steps (--horizon) of each of --num-envs"
-        raise ValueError(f"--buffer-size must hold an episode, {needed}, got {args.buffer_size}")
+        raise ValueError(f"--buffer-size must hold an episode of each of --num-envs, got {args.buffer_size}")
     return env
-
-
-def log(run: runs.Run, step: int, metrics: Batch) -> None:
-    """A row per seed in metrics.csv and in the seed's wandb run; metrics [S]. Raise FloatingPointError for a NaN."""
-    columns = {name: values.tolist() for name, values in metrics.items()}
-    rows = []
-    for k, label in enumerate(run.labels):
-        row = label | {"global_step": step}
-        for name, values in columns.items():
-            if not math.isfinite(values[k]):
-                raise FloatingPointError(f"{name} is not finite at step {step}, {label}")
-            row[name] = values[k]
-        rows.append(row)
-    run.rows += rows
-    runs.write_rows(run.dir / "metrics.csv", run.rows)
-    runs.log_wandb(run, rows, step)
 
 
 load_policy = robustness.loader(Args, make_env, make_nets, trained_policy)  # act = load_policy("runs/RUN")

@@ -219,6 +219,11 @@ def team_mean(x: Tensor, env: Env) -> Tensor:
     return (x * weight).sum(-1) / weight.sum()
 
 
+def are_alike(env: Env) -> bool:
+    """Are all agents of one team, and do they see and do as much?"""
+    return bool(env.cooperators.all()) and len(set(zip(env.obs_sizes, env.action_sizes))) == 1
+
+
 def episodic_return(returns: Tensor, env: Env) -> Tensor:
     """[S] mean over environments and cooperating agents of the returns [S, B, N] of a rollout, or of the episodes that
     a wrapped environment has finished in it."""

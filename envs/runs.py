@@ -420,6 +420,22 @@ def show_progress(bar: tqdm, **values: str) -> None:
         print(bar, flush=True)
 
 
+def log(run: Run, step: int, metrics: dict[str, Tensor]) -> None:
+    """A row per seed in metrics.csv and in the seed's wandb run; metrics [S]. Raise FloatingPointError for a NaN."""
+    columns = {name: values.tolist() for name, values in metrics.items()}
+    rows = []
+    for k, label in enumerate(run.labels):
+        row = label | {"global_step": step}
+        for name, values in columns.items():
+            if not math.isfinite(values[k]):
+                raise FloatingPointError(f"{name} is not finite at step {step}, {label}")
+            row[name] = values[k]
+        rows.append(row)
+    run.rows += rows
+    write_rows(run.dir / "metrics.csv", run.rows)
+    log_wandb(run, rows, step)
+
+
 def start_wandb(run: Run, args) -> None:
     """A Weights & Biases run per label, grouped by run name: offline if online fails, none if that fails too. A run
     that goes on logs its earlier rows again, so that its record has no gap."""

@@ -162,6 +162,26 @@ def test_critic_target_by_hand():
     assert loss.item() == pytest.approx(target.square().mean(2).sum().item(), rel=1e-12)
 
 
+def test_shared_networks_are_asked_about_each_agent_in_turn():
+    """As N equal networks would be, whose critics see themselves first."""
+    args, env, nets, batch = world(double=True, share_parameters=True)
+    alone, _ = script.make_nets(env, replace(args, share_parameters=False))
+    obs, joint = batch["obs"], script.everybody(batch["actions"])
+    S, N = obs.shape[:2]
+    assert len(nets["actor"].flat) == S and len(alone["actor"].flat) == S * N
+    for name in ("actor", "critic"):
+        alone[name] = replace(nets[name], flat=nets[name].flat.detach().repeat_interleave(N, 0))
+    torch.testing.assert_close(script.policy(nets["actor"], obs, env), script.policy(alone["actor"], obs, env))
+    shared = script.q_values(nets["critic"], obs, joint)
+    for i in range(N):
+        order = [(i + k) % N for k in range(N)]
+        rolled = script.q_values(alone["critic"], obs[:, order], joint[..., order, :])
+        torch.testing.assert_close(shared[:, i], rolled[:, 0])
+    tag = script.make_env(Args(env_id="simple_tag_v3"), 1, DEVICE)
+    nets, _ = script.make_nets(tag, Args(env_id="simple_tag_v3"))
+    assert len(nets["actor"].flat) == 4  # roles differ
+
+
 def test_next_observation_follows_the_observation():
     args = Args(**(SMALL | dict(batch_size=500)))
     env = script.make_env(args, 8, DEVICE)
@@ -304,14 +324,14 @@ def short_train(tmp_path, name, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, dict(continuous_actions=False)])
+@pytest.mark.parametrize("options", [{}, dict(continuous_actions=False), dict(share_parameters=False)])
 def test_a_seed_does_not_depend_on_the_others(tmp_path, options):
     script.setup(Args(**SMALL))
     _, _, together, rows = short_train(tmp_path, "together", seed=5, num_seeds=3, **options)
     for k in range(3):
         _, _, alone, own = short_train(tmp_path, f"alone{k}", seed=5 + k, **options)
         for name in alone:
-            assert alike(alone[name].flat, together[name].flat[3 * k : 3 * k + 3])
+            assert alike(alone[name].flat, together[name].flat.unflatten(0, (3, -1))[k])
         of_seed = [row for row in rows if row["seed"] == 5 + k]
         assert alike(without_speed(own), without_speed(of_seed))
 
