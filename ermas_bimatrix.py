@@ -35,7 +35,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-import pydantic.dataclasses
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -45,7 +44,7 @@ from tqdm import tqdm
 import envs
 from envs import bimatrix, runs
 from envs.bimatrix import Bimatrix
-from envs.runs import Name, Threads, log, make_run_dir, setup
+from envs.runs import Name, Threads, arguments, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # what is known of a batch of games, its random numbers, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
@@ -55,9 +54,8 @@ Methods = Annotated[tuple[Literal["ermas", "marl", "domain-randomization", "risk
 PLAYERS = {"agents": [0, 1], "planner": [2]}
 
 
-@pydantic.dataclasses.dataclass(config={"allow_inf_nan": False})
-class Args:
-    # Experiment
+@arguments
+class Experiment:
     exp_name: Name = Path(__file__).stem  # name of this experiment
     seed: NonNegativeInt = 1  # seed of the first run; run k of each setting uses seed + k
     num_seeds: PositiveInt = 5  # independent runs of each setting, trained side by side (paper: 5 to 10)
@@ -77,7 +75,9 @@ class Args:
     wandb_project_name: str = "robust-marl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
 
-    # Games and policy gradients
+
+@arguments
+class Games:
     env_id: Literal["augmented_bimatrix_v0", "repeated_bimatrix_v0"] = "augmented_bimatrix_v0"
     """augmented: the planner chooses incentives; repeated: it is passive (paper, Figures 3 and 4)"""
     payoffs: str | None = None  # JSON file, three R x C matrices of row, column, planner; default: a 4 x 4 dilemma
@@ -99,7 +99,11 @@ class Args:
     value_rate: Annotated[float, Field(gt=0, le=1)] = 0.1  # rate at which the baseline V(t, x) follows the batches
     randomize_interval: PositiveInt = 10  # domain randomization: updates between two draws of noise U[-1, 1]
 
-    # ERMAS. Several values of method, q_train, epsilon, beta, lambda_init train side by side
+
+@arguments
+class ERMAS:
+    """Several values of method, q_train, epsilon, beta, lambda_init train side by side."""
+
     epsilon: Values = (0.2,)  # slack on an agent's regret, per step
     beta: Values = (0.4,)  # weight of the meta-gradient (Eq. 15)
     lambda_init: Values = (1.0,)  # lambda_0, first weight of an agent's own reward, and during the warm-up
@@ -122,6 +126,9 @@ class Args:
     cg_steps: PositiveInt = 10  # conjugate gradient steps of the natural gradient
     cg_damping: NonNegativeFloat = 1e-4  # damping of the Fisher matrix
 
+
+@arguments
+class Args(ERMAS, Games, Experiment):
     def __post_init__(self):
         for name in ("method", "epsilon", "beta", "lambda_init", "q_train", "eval_q"):
             values = getattr(self, name)
@@ -832,7 +839,7 @@ def main() -> None:
             last_rows = run.rows[-len(run.labels) :]
             state = {"args": asdict(args), "nets": weights, "rows": last_rows}
             runs.save(run.dir / "policy.pt", state)
-    with runs.reporting(run.dir):
+    with runs.reporting(run):
         bimatrix.report(run, args.eval_q, play_tests(task, nets["planner"]))
         if args.capture_video:
             streams = envs.make_generators(args.seed, 1, "video", device)

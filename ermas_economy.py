@@ -40,7 +40,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-import pydantic.dataclasses
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -50,7 +49,7 @@ from tqdm import tqdm
 import envs
 from envs import economy, perturb, runs
 from envs.economy import BUILD, Economy, State
-from envs.runs import Name, Share, Threads, log, make_run_dir, setup
+from envs.runs import Name, Share, Threads, arguments, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # episodes, samples, or metrics [S]
 Generators = list[torch.Generator]  # one per run
@@ -59,9 +58,8 @@ Eta = Annotated[float, Field(ge=0, le=0.999)]
 TAXES = {"ermas": "planner", "marl": "planner", "saez": "saez", "us-federal": "us", "free-market": "free"}
 
 
-@pydantic.dataclasses.dataclass(config={"allow_inf_nan": False})
-class Args:
-    # Experiment
+@arguments
+class Experiment:
     exp_name: Name = Path(__file__).stem  # name of this experiment
     seed: NonNegativeInt = 1  # seed of the first run; run k uses seed + k
     num_seeds: PositiveInt = 1  # independent runs trained side by side (paper: 5 to 10)
@@ -86,7 +84,9 @@ class Args:
     wandb_project_name: str = "robust-marl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
 
-    # Economy and PPO
+
+@arguments
+class PPO:
     preset: Literal["tiny", "paper"] = "tiny"
     """defaults of the flags below: tiny, for two CPU cores; paper, the original's sizes, for a GPU"""
     env_id: Literal["economy_tiny_v0", "economy_v0"] = "economy_tiny_v0"
@@ -122,7 +122,9 @@ class Args:
     """weight of the past in the running moments by which returns are normalised"""
     max_grad_norm: PositiveFloat = 0.5  # the gradient of each network of each seed is clipped to this norm
 
-    # ERMAS
+
+@arguments
+class ERMAS:
     epsilon: NonNegativeFloat = 0.002  # slack on an agent's regret, utility per step
     beta: NonNegativeFloat = 0.4  # weight of the meta-gradient (Eq. 15)
     lambda_init: NonNegativeFloat = 10.0  # lambda_0, first weight of an agent's own reward, and during the warm-up
@@ -141,6 +143,9 @@ class Args:
     cg_damping: NonNegativeFloat = 1e-2  # damping of the Fisher matrix
     warmup: Share = 0.1  # share of phase two with lambda_0, without deviations and with the planner at rest
 
+
+@arguments
+class Args(ERMAS, PPO, Experiment):
     def __post_init__(self):
         if self.lambda_init > self.lambda_max:
             raise ValueError(f"lambda_init must be at most lambda_max, got {self.lambda_init}")
@@ -985,7 +990,7 @@ def main() -> None:
                 if checkpoint.get("iteration", 0) <= end:  # at its end: restored, and the next phase begins
                     train(phase, learner, args, run, checkpoint)
             runs.save(run.dir / "policy.pt", {"args": asdict(args)} | learner.trained())
-    with runs.reporting(run.dir):
+    with runs.reporting(run):
         env = replace(env, tax_warmup=None)
         learner.streams = make_streams(args, device, "video ")
         episodes = play_last(Task(env, env.step, args), learner, run.dir)

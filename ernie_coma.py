@@ -34,7 +34,6 @@ from typing import Annotated, Literal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below prints no traceback
 
-import pydantic.dataclasses
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -42,7 +41,7 @@ from torch import Tensor
 
 import envs
 from envs import Env, particle, perturb, robustness, runs, sumo, traffic
-from envs.runs import Name, Share, Threads, log, make_run_dir, setup
+from envs.runs import Name, Share, Threads, arguments, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # rollouts, samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
@@ -51,9 +50,8 @@ Side = Annotated[int, Field(ge=1, le=64)]  # of a grid, lights
 Flow = Annotated[float, Field(ge=0, le=3600)] | Literal[*traffic.FLOWS]
 
 
-@pydantic.dataclasses.dataclass(config={"allow_inf_nan": False})
-class Args:
-    # Experiment
+@arguments
+class Experiment:
     exp_name: Name = Path(__file__).stem  # name of this experiment
     seed: NonNegativeInt = 1  # seed of the first run; run k uses seed + k
     num_seeds: PositiveInt = 1  # S, independent runs trained side by side (paper: five, ten for percentiles)
@@ -80,7 +78,9 @@ class Args:
     wandb_project_name: str = "robust-marl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
 
-    # COMA
+
+@arguments
+class COMA:
     env_id: str = "traffic_grid_v0"
     """traffic_grid_v0, traffic_irregular_v0, traffic_atlanta_v0, a particle task, or PettingZoo's zoo:package.module or
     zoo:namespace/Name-v0"""
@@ -124,7 +124,9 @@ class Args:
     team_reward: Literal["own", "mean", "sum"] = "own"  # an agent learns from its own reward or from its team's
     max_grad_norm: PositiveFloat = 10.0  # the gradient of each network of each seed is clipped to this norm
 
-    # ERNIE
+
+@arguments
+class ERNIE:
     regularizer: Literal["none", "gaussian", "random", "adversarial", "stackelberg"] = "stackelberg"
     """none: COMA; gaussian: appendix H; random: a direction of length epsilon; adversarial: Eq. 4; stackelberg: 6"""
     epsilon: NonNegativeFloat = 0.1  # radius of the perturbation ball
@@ -137,6 +139,9 @@ class Args:
     divergence: Literal["kl", "l2_probs", "l2"] = "kl"
     """D: KL of the policies (paper), squared l2 of their probabilities (its code, unsquared) or of their logits"""
 
+
+@arguments
+class Args(ERNIE, COMA, Experiment):
     def __post_init__(self):
         if self.attack_lr is None:
             self.attack_lr = 1.0 if self.attack_steps <= 1 else 2.5 / self.attack_steps
@@ -803,7 +808,7 @@ def main() -> None:
             runs.start_wandb(run, args)
             train(env, nets, optimizers, args, run, checkpoint)
             runs.save(run.dir / "policy.pt", {"args": asdict(args), "nets": weights})
-    with runs.reporting(run.dir):
+    with runs.reporting(run):
         make_policy = partial(trained_policy, nets, args=args)
         labels = {"env_id": args.env_id, "policy": args.regularizer}
         if args.eval_episodes and args.is_traffic:

@@ -35,7 +35,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import pydantic.dataclasses
 import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -43,16 +42,15 @@ from torch import Tensor
 
 import envs
 from envs import Env, perturb, robustness, runs
-from envs.runs import Name, Share, Threads, log, make_run_dir, setup
+from envs.runs import Name, Share, Threads, arguments, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
 Nets = dict[str, "MLP"]  # actor, critic, actor_target, critic_target
 
 
-@pydantic.dataclasses.dataclass(config={"allow_inf_nan": False})
-class Args:
-    # Experiment
+@arguments
+class Experiment:
     exp_name: Name = Path(__file__).stem  # name of this experiment
     seed: NonNegativeInt = 1  # seed of the first run; run k uses seed + k
     num_seeds: PositiveInt = 1  # S, independent runs trained side by side (paper: five)
@@ -74,7 +72,9 @@ class Args:
     wandb_project_name: str = "robust-marl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
 
-    # MADDPG
+
+@arguments
+class MADDPG:
     env_id: str = "simple_spread_v3"  # a particle task, or PettingZoo's zoo:package.module or zoo:namespace/Name-v0
     env_kwargs: tuple[str, ...] = ()  # its keywords or constants, name=value or JSON
     horizon: PositiveInt | None = None  # steps after which an episode is cut; default: the task's own
@@ -101,7 +101,9 @@ class Args:
     policy_l2: NonNegativeFloat = 1e-3  # weight of the mean squared actor output in the actor loss
     max_grad_norm: PositiveFloat = 0.5  # the gradient of each network of each seed is clipped to this norm
 
-    # ERNIE
+
+@arguments
+class ERNIE:
     regularizer: Literal["none", "gaussian", "random", "adversarial", "stackelberg"] = "stackelberg"
     """none: MADDPG; gaussian: appendix H; random: a direction of length epsilon; adversarial: Eq. 4; stackelberg: 6"""
     epsilon: NonNegativeFloat = 0.3  # radius of the perturbation ball
@@ -117,6 +119,9 @@ class Args:
     action_agents: PositiveInt = 1  # ERNIE-A: at most so many agents' actions change (K of Eq. 7)
     minimax_epsilon: NonNegativeFloat = 0.0  # M3DDPG: step alpha of the others' actions against the critic; 0 is off
 
+
+@arguments
+class Args(ERNIE, MADDPG, Experiment):
     def __post_init__(self):
         kinds = ("l2", "l2_squashed") if self.continuous_actions else ("kl", "l2_probs")
         if self.divergence == "auto":
@@ -210,7 +215,7 @@ def make_nets(env: Env, args: Args) -> tuple[Nets, dict[str, torch.optim.Optimiz
     generators = envs.make_generators(args.seed, args.num_seeds, "init", env.device)
     N, O = env.obs_mask.shape
     A = env.action_mask.shape[1]
-    hidden = [args.hidden_size, args.hidden_size]
+    hidden = [args.hidden_size] * 2
     sizes = {
         "actor": [O, *hidden, A],
         "critic": [N * (O + A), *hidden, 2],  # the second output is for rounding: one alone has kernels of its own
@@ -768,15 +773,14 @@ def main() -> None:
         weights = {name: net.flat for name, net in nets.items()}
         if checkpoint:
             runs.restore({"nets": weights}, checkpoint)
-        rows = checkpoint.get("rows", [])
         labels = [{"seed": seed} for seed in args.seeds]
-        run = runs.Run(make_run_dir(args, __file__), labels, rows)
+        run = runs.Run(make_run_dir(args, __file__), labels, checkpoint.get("rows", []))
     if not args.evaluate:
         with runs.training(run.dir):
             runs.start_wandb(run, args)
             train(env, nets, optimizers, args, run, checkpoint)
             runs.save(run.dir / "policy.pt", {"args": asdict(args), "nets": weights})
-    with runs.reporting(run.dir):
+    with runs.reporting(run):
         name = "robustness"
         labels = {"env_id": args.env_id, "regularizer": args.regularizer}
         make_policy = partial(trained_policy, nets, args=args)

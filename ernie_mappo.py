@@ -34,7 +34,6 @@ from typing import Annotated, Literal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below prints no traceback
 
-import pydantic.dataclasses
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -42,16 +41,15 @@ from torch import Tensor
 
 import envs
 from envs import Env, bullet, drones, perturb, robustness, runs
-from envs.runs import Name, Share, Threads, log, make_run_dir, setup
+from envs.runs import Name, Share, Threads, arguments, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # episodes, samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
 Nets = dict[str, "MLP | Normalizer | Moments"]  # actor, critic, normalizer, return_moments
 
 
-@pydantic.dataclasses.dataclass(config={"allow_inf_nan": False})
-class Args:
-    # Experiment
+@arguments
+class Experiment:
     exp_name: Name = Path(__file__).stem  # name of this experiment
     seed: NonNegativeInt = 1  # seed of the first run; run k uses seed + k
     num_seeds: PositiveInt = 1  # S, independent runs trained side by side (paper: five)
@@ -73,7 +71,9 @@ class Args:
     wandb_project_name: str = "robust-marl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
 
-    # MAPPO
+
+@arguments
+class MAPPO:
     env_id: str = "leader_follower_v0"
     """leader_follower_v0, leader_follower_v1, hover_v0, a particle task, or PettingZoo's zoo:package.module or
     zoo:namespace/Name-v0"""
@@ -107,7 +107,9 @@ class Args:
     team_reward: Literal["own", "mean", "sum"] = "own"  # an agent learns from its own reward or from its team's
     max_grad_norm: PositiveFloat = 0.5  # the gradient of each network of each seed is clipped to this norm
 
-    # ERNIE
+
+@arguments
+class ERNIE:
     regularizer: Literal["none", "gaussian", "random", "adversarial", "stackelberg"] = "stackelberg"
     """none: MAPPO; gaussian: appendix H; random: a direction of length epsilon; adversarial: Eq. 4; stackelberg: 6"""
     epsilon: NonNegativeFloat = 0.3  # radius of the perturbation ball
@@ -121,6 +123,9 @@ class Args:
     """D: KL of the policies (auto; kl_normal with continuous actions), squared l2 of outputs or of probabilities"""
     detach_std: bool = True  # D takes standard deviations for constants: to raise them is the easiest way to a small KL
 
+
+@arguments
+class Args(ERNIE, MAPPO, Experiment):
     def __post_init__(self):
         kinds = ("kl_normal", "l2") if self.continuous_actions else ("kl", "l2", "l2_probs")
         if self.divergence == "auto":
@@ -799,7 +804,7 @@ def main() -> None:
             runs.start_wandb(run, args)
             train(env, nets, optimizers, args, run, checkpoint)
             runs.save(run.dir / "policy.pt", {"args": asdict(args), "nets": weights})
-    with runs.reporting(run.dir):
+    with runs.reporting(run):
         name = "robustness"
         labels = {"env_id": args.env_id, "regularizer": args.regularizer}
         make_policy = partial(trained_policy, nets, args=args)

@@ -38,7 +38,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-import pydantic.dataclasses
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -46,7 +45,7 @@ from torch import Tensor
 
 import envs
 from envs import Env, perturb, robustness, runs
-from envs.runs import Name, Share, Threads, log, make_run_dir, setup
+from envs.runs import Name, Share, Threads, arguments, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
@@ -55,9 +54,8 @@ AtLeastTwo = Annotated[int, Field(ge=2)]
 PARTS = ("head", "crowd", "landmarks")
 
 
-@pydantic.dataclasses.dataclass(config={"allow_inf_nan": False})
-class Args:
-    # Experiment
+@arguments
+class Experiment:
     exp_name: Name = Path(__file__).stem  # name of this experiment
     seed: NonNegativeInt = 1  # seed of the first run; run k uses seed + k
     num_seeds: PositiveInt = 1  # S, independent runs trained side by side (paper: five)
@@ -82,7 +80,9 @@ class Args:
     wandb_project_name: str = "robust-marl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
 
-    # Mean-field MADDPG
+
+@arguments
+class MeanField:
     env_id: Literal["simple_spread_v3"] = "simple_spread_v3"  # cooperative navigation, the paper's task
     num_agents: AtLeastTwo = 6  # N (paper: 3, 6, 15, 30)
     total_timesteps: PositiveInt = 250_000  # environment steps of one seed (paper: 10,000 episodes of 25)
@@ -104,7 +104,9 @@ class Args:
     policy_l2: NonNegativeFloat = 1e-3  # weight of the mean squared actor output in the actor loss
     max_grad_norm: PositiveFloat = 0.5  # the gradient of each network of each seed is clipped to this norm
 
-    # ERNIE
+
+@arguments
+class ERNIE:
     regularizer: Literal["none", "gaussian", "random", "adversarial", "stackelberg"] = "stackelberg"
     """none: mean-field MADDPG; gaussian: appendix H; random: a direction of length epsilon; adversarial: the worst d_s,
     a constant to the leader; stackelberg: Eq. 6"""
@@ -121,6 +123,9 @@ class Args:
     reg_batch_size: PositiveInt = 32  # samples of the minibatch on which the regulariser is estimated
     mean_action_epsilon: NonNegativeFloat = 0.0  # radius of a change of the others' mean action in Q too; 0 is off
 
+
+@arguments
+class Args(ERNIE, MeanField, Experiment):
     def __post_init__(self):
         if self.attack_lr is None:
             self.attack_lr = 1.0 if self.attack_steps <= 1 else 2.5 / self.attack_steps
@@ -869,7 +874,7 @@ def main() -> None:
             runs.start_wandb(run, args)
             train(env, nets, optimizers, args, run, checkpoint)
             runs.save(run.dir / "policy.pt", {"args": asdict(args), "nets": weights})
-    with runs.reporting(run.dir):
+    with runs.reporting(run):
         env = make_env(args, args.num_seeds * args.eval_episodes, device)
         labels = {"env_id": args.env_id, "num_agents": args.num_agents, "regularizer": args.regularizer}
         make_policy = partial(trained_policy, nets, args=args)

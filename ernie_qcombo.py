@@ -36,7 +36,6 @@ from typing import Annotated, Literal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below prints no traceback
 
-import pydantic.dataclasses
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -44,7 +43,7 @@ from torch import Tensor
 
 import envs
 from envs import Env, perturb, robustness, runs, sumo, traffic
-from envs.runs import Name, Share, Threads, log, make_run_dir, setup
+from envs.runs import Name, Share, Threads, arguments, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
@@ -53,9 +52,8 @@ Side = Annotated[int, Field(ge=1, le=64)]  # of a grid, lights
 Flow = Annotated[float, Field(ge=0, le=3600)] | Literal[*traffic.FLOWS]
 
 
-@pydantic.dataclasses.dataclass(config={"allow_inf_nan": False})
-class Args:
-    # Experiment
+@arguments
+class Experiment:
     exp_name: Name = Path(__file__).stem  # name of this experiment
     seed: NonNegativeInt = 1  # seed of the first run; run k uses seed + k
     num_seeds: PositiveInt = 1  # S, independent runs trained side by side (paper: five, ten for percentiles)
@@ -78,7 +76,9 @@ class Args:
     wandb_project_name: str = "robust-marl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
 
-    # QCOMBO
+
+@arguments
+class QCOMBO:
     env_id: Literal["traffic_grid_v0", "traffic_irregular_v0", "traffic_atlanta_v0"] = "traffic_grid_v0"
     """network and flow"""
     rows: Side | None = None  # rows of lights; default: the task's own (traffic_grid_v0: 2)
@@ -110,7 +110,9 @@ class Args:
     """global Q with an output per joint action, or with the actions as inputs; auto: joint up to six lights"""
     max_grad_norm: PositiveFloat = 10.0  # the gradient of each network of each seed is clipped to this norm
 
-    # ERNIE
+
+@arguments
+class ERNIE:
     regularizer: Literal["none", "gaussian", "random", "adversarial", "stackelberg"] = "stackelberg"
     """none: QCOMBO; gaussian: appendix H; random: a direction of length epsilon; adversarial: Eq. 4; stackelberg: 6"""
     regularize: Literal["local", "global", "both"] = "local"
@@ -126,6 +128,9 @@ class Args:
     action_reg_coef: NonNegativeFloat = 0.0  # lambda_A, weight of ERNIE-A (Eq. 7) in the loss of the global Q
     malicious_agents: PositiveInt = 1  # ERNIE-A: so many lights act otherwise (K of Eq. 7)
 
+
+@arguments
+class Args(ERNIE, QCOMBO, Experiment):
     def __post_init__(self):
         num_lights = math.prod(self.grid)
         if self.global_q == "auto":
@@ -778,7 +783,7 @@ def main() -> None:
             runs.start_wandb(run, args)
             train(env, nets, optimizers, args, run, checkpoint)
             runs.save(run.dir / "policy.pt", {"args": asdict(args), "nets": weights})
-    with runs.reporting(run.dir):
+    with runs.reporting(run):
         name = "robustness" if args.backend == "torch" else f"robustness_{args.backend}"
         labels = {"env_id": args.env_id, "policy": args.regularizer}
         lights = make_lights(nets, args, device, args.eval_episodes, math.inf)

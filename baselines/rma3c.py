@@ -35,7 +35,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import pydantic.dataclasses
 import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -45,16 +44,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where envs is
 
 import envs
 from envs import Env, perturb, robustness, runs
-from envs.runs import Name, Share, Threads, log, make_run_dir, setup
+from envs.runs import Name, Share, Threads, arguments, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
 Nets = dict[str, "MLP"]  # actor, critic, adversary, and a target of each
 
 
-@pydantic.dataclasses.dataclass(config={"allow_inf_nan": False})
-class Args:
-    # Experiment
+@arguments
+class Experiment:
     exp_name: Name = Path(__file__).stem  # name of this experiment
     seed: NonNegativeInt = 1  # seed of the first run; run k uses seed + k
     num_seeds: PositiveInt = 1  # S, independent runs trained side by side
@@ -76,7 +74,9 @@ class Args:
     wandb_project_name: str = "robust-marl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
 
-    # MADDPG
+
+@arguments
+class MADDPG:
     env_id: str = "simple_spread_v3"  # a particle task, or PettingZoo's zoo:package.module or zoo:namespace/Name-v0
     env_kwargs: tuple[str, ...] = ()  # its keywords or constants, name=value or JSON
     horizon: PositiveInt | None = None  # steps after which an episode is cut; default: the task's own
@@ -101,13 +101,18 @@ class Args:
     policy_l2: NonNegativeFloat = 1e-3  # weight of the mean squared actor output in the actor loss
     max_grad_norm: PositiveFloat = 0.5  # the gradient of each network of each seed is clipped to this norm
 
-    # RMA3C
+
+@arguments
+class RMA3C:
     epsilon: NonNegativeFloat = 0.1  # d, largest change of an observation entry (RMA3C: 1.0); 0 is MADDPG
     descent_steps: PositiveInt = 2  # K, alternations of actor and adversary step per update (RMA3C, gda_step: 20)
     adversary_learning_rate: PositiveFloat = 1e-3  # Adam step size of the adversaries (RMA3C: 1e-2)
     perturb_rollout: bool = True  # agents act on perturbed observations while training, or on true ones
     norm: Literal["l2", "linf"] = "l2"  # of the report's worst-case observations; the adversary's own is linf
 
+
+@arguments
+class Args(RMA3C, MADDPG, Experiment):
     def __post_init__(self):
         if self.eval_episodes is None:
             self.eval_episodes = 10 if self.is_zoo else 1000
@@ -608,7 +613,7 @@ def main() -> None:
             runs.start_wandb(run, args)
             train(env, nets, optimizers, args, run, checkpoint)
             runs.save(run.dir / "policy.pt", {"args": asdict(args), "nets": weights})
-    with runs.reporting(run.dir):
+    with runs.reporting(run):
         name = "robustness"
         labels = {"env_id": args.env_id, "regularizer": "rma3c"}
         strengths = SWEEP | {"adversary": [scale * args.epsilon for scale in SCALES if args.epsilon > 0]}

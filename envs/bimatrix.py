@@ -426,7 +426,7 @@ def report(run: runs.Run, eval_q: tuple[float, ...], tests: dict[str, Tensor]) -
     columns = ("q", *tests)
     shown = [{name: row[name] for name in columns} for row in games]
     tables = [shown[k : k + len(eval_q)] for k in range(0, len(shown), len(eval_q))]
-    runs.finish_wandb(run, {"test_games": tables}, {"report": run.dir / "report.png"})
+    runs.log_report(run, {"test_games": tables}, {"report": run.dir / "report.png"})
 
 
 def print_tables(results: list[dict], games: list[dict]) -> None:

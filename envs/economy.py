@@ -1171,7 +1171,7 @@ def report(
     with runs.written(run.dir / "report.png", "wb") as file:
         figure.savefig(file, dpi=100)
     tables = [[row for row in rows if row["seed"] == seed] for seed in run.seeds]
-    runs.finish_wandb(run, {"welfare": tables}, {"report": run.dir / "report.png"})
+    runs.log_report(run, {"welfare": tables}, {"report": run.dir / "report.png"})
 
 
 def plot_welfare(axis, etas: Sequence[float], welfare: np.ndarray, eta_train: float):

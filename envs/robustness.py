@@ -296,9 +296,9 @@ def counted(run: runs.Run, episodes: int) -> str:
 
 
 def log_report(rows: list[dict], run: runs.Run, name: str) -> None:
-    """The rows of a report and its picture to each seed's wandb run, which ends with that."""
+    """The rows of a report and its picture to each seed's wandb run."""
     tables = [[row for row in rows if row["seed"] == seed] for seed in run.seeds]
-    runs.finish_wandb(run, {name: tables}, {f"{name}_plot": run.dir / f"{name}.png"})
+    runs.log_report(run, {name: tables}, {f"{name}_plot": run.dir / f"{name}.png"})
 
 
 def plot(tables: dict[str, Table], env: Env, title: str):

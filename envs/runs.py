@@ -23,12 +23,13 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
+import pydantic
 import torch
 import tyro
 from pydantic import Field
@@ -39,6 +40,8 @@ Name = Annotated[str, Field(pattern=r"^\w[\w.+-]*$", max_length=100)]  # of a fo
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Share = Annotated[float, Field(ge=0, le=1)]
 GIB = 2**30
+# Decorates a group of flags; a script's `Args` inherits from its groups, the last one first
+arguments = pydantic.dataclasses.dataclass(config={"allow_inf_nan": False})
 
 
 class Busy(OSError):
@@ -107,17 +110,18 @@ def training(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reporting(folder: Path) -> Iterator[None]:
-    """Inside, what ends the report early is a line that says how to repeat it."""
+def reporting(run: Run) -> Iterator[None]:
+    """Inside, what ends the report early is a line that says how to repeat it. Then the Weights & Biases runs end."""
 
     def hint() -> str:
-        return f"repeat the report with --evaluate {folder}"
+        return f"repeat the report with --evaluate {run.dir}"
 
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     failures = (OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError)
     try:
         with exits(1, *failures, hint=hint), exits(130, KeyboardInterrupt, hint=hint):
             yield
+            finish_wandb(run)
     finally:
         signal.signal(signal.SIGINT, handler)
 
@@ -261,10 +265,37 @@ CHANGEABLE = {  # flags that may be others there
 }
 
 
+def read_flags(kind: type, doc: str, defaults: dict):
+    """`kind` from the command line; its flags are in groups, the dataclasses that it inherits from."""
+    groups = {group.__name__: group for group in reversed(kind.__bases__)}
+    parts = {}
+    for name, group in groups.items():
+        parts[name] = group(**{f.name: defaults[f.name] for f in fields(group) if f.name in defaults})
+    everything = make_dataclass("Flags", groups.items())
+    omit = (tyro.conf.OmitArgPrefixes,)
+    given = tyro.cli(everything, default=everything(**parts), config=omit, description=doc.split("\n")[0])
+    values = {}
+    for name in groups:
+        values |= vars(getattr(given, name))
+    return build(kind, values)
+
+
+def build(kind: type, values: dict):
+    """Raise ValueError in one line, where pydantic has several."""
+    try:
+        return kind(**values)
+    except pydantic.ValidationError as error:
+        reasons = []
+        for fault in error.errors():
+            place = ".".join(map(str, fault["loc"]))
+            reason = fault["msg"].removeprefix("Value error, ")
+            reasons.append(f"{place}: {reason}, got {fault['input']}" if place else reason)
+        raise ValueError("; ".join(reasons)) from None
+
+
 def parse_args(kind: type, doc: str, presets: dict[str, dict] | None = None) -> tuple:
     """Arguments from the command line, over those of the run that --resume or --evaluate names, or over the preset that
     --preset names, and that run's checkpoint, or {}. Raise ValueError where they do not fit each other."""
-    cli = partial(tyro.cli, kind, description=doc.split("\n")[0])
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--evaluate", type=Path)
@@ -274,8 +305,8 @@ def parse_args(kind: type, doc: str, presets: dict[str, dict] | None = None) -> 
         raise ValueError("--resume and --evaluate exclude each other")
     path = given.resume or given.evaluate
     if path is None:
-        preset = (presets or {}).get(given.preset)
-        return cli(default=kind(**preset)) if preset else cli(), {}
+        preset = (presets or {}).get(given.preset, {})
+        return read_flags(kind, doc, preset), {}
     if path.is_dir():
         path = trained_file(path) if given.evaluate else path / "checkpoint.pt"
     checkpoint = load(path)
@@ -284,8 +315,8 @@ def parse_args(kind: type, doc: str, presets: dict[str, dict] | None = None) -> 
         raise ValueError(f"{path} has arguments that are unknown here: {', '.join(sorted(unknown))}")
     if new := known - names:
         print(f"not in {path}, set to their defaults: {', '.join(sorted(new))}")
-    old = kind(**checkpoint["args"] | {"resume": None, "evaluate": None})
-    args = cli(default=old)
+    old = build(kind, checkpoint["args"] | {"resume": None, "evaluate": None})
+    args = read_flags(kind, doc, vars(old))
     for name, value in asdict(args).items():
         before, flag = getattr(old, name), f"--{name.replace('_', '-')}"
         if value != before and not (name in CHANGEABLE or name in new or name.startswith("eval_")):
@@ -299,7 +330,7 @@ def saved(kind: type, path: str) -> tuple:
     """Arguments and checkpoint of the run at `path`, or of a file of one, without a look at the command line."""
     path = Path(path)
     checkpoint = load(trained_file(path) if path.is_dir() else path)
-    return kind(**checkpoint["args"] | {"resume": None, "evaluate": None}), checkpoint
+    return build(kind, checkpoint["args"] | {"resume": None, "evaluate": None}), checkpoint
 
 
 def setup(args) -> torch.device:
@@ -482,8 +513,8 @@ def log_wandb(run: Run, rows: Iterable[dict], step: int) -> None:
         print(f"wandb failed and is left out from now on: {error!r}", file=sys.stderr)
 
 
-def finish_wandb(run: Run, tables: dict[str, list[list[dict]]], pictures: dict[str, Path]) -> None:
-    """Log the report, rows of each run and pictures of all, by name, and end the Weights & Biases runs."""
+def log_report(run: Run, tables: dict[str, list[list[dict]]], pictures: dict[str, Path]) -> None:
+    """Log a report, by name: rows of each run, and pictures of all."""
 
     def contents() -> Iterator[dict]:
         import wandb  # slow to import
@@ -495,6 +526,20 @@ def finish_wandb(run: Run, tables: dict[str, list[list[dict]]], pictures: dict[s
             yield own
 
     if run.wandb_runs:
+        log_wandb(run, contents(), run.rows[-1]["global_step"])
+
+
+def finish_wandb(run: Run) -> None:
+    """Log the GIF of the run, if there is one, and end the Weights & Biases runs."""
+    path = run.dir / "episode.gif"
+
+    def contents() -> Iterator[dict]:
+        import wandb  # slow to import
+
+        for _ in run.labels:
+            yield {"episode": wandb.Video(str(path), format="gif")}
+
+    if run.wandb_runs and path.exists():
         log_wandb(run, contents(), run.rows[-1]["global_step"])
     with contextlib.suppress(Exception):
         for wandb_run in run.wandb_runs:

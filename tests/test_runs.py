@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -522,8 +523,9 @@ def test_every_number_has_bounds(script, monkeypatch, capsys):
                 script.Args(**{name: wrong})
             tried += 1
     assert tried > 20
-    error = refused(script, monkeypatch, capsys, "--num-seeds=0", "--learning-rate=nan")
-    assert "num_seeds" in error and "learning_rate" in error and "greater than" in error
+    error = refused(script, monkeypatch, capsys, "--num-seeds=0", "--log-interval=0")
+    assert "num_seeds" in error and "log_interval" in error and "greater than" in error
+    assert "learning_rate" in refused(script, monkeypatch, capsys, "--learning-rate=nan")
 
 
 @pytest.mark.parametrize(
@@ -549,6 +551,17 @@ def test_wrong_input_is_named(script, monkeypatch, capsys, tmp_path, flags, word
     monkeypatch.chdir(tmp_path)
     assert words in refused(script, monkeypatch, capsys, *flags.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_flags_stand_in_groups(script, monkeypatch, capsys):
+    """Those of the run, of the algorithm and of what makes it robust; one wrong combination is one line."""
+    monkeypatch.setenv("COLUMNS", "100")
+    assert call(script, monkeypatch, "--help") == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r"\w+ options ─", out)) == 3 and "Experiment options" in out
+    assert max(map(len, out.splitlines())) <= 100
+    error = refused(script, monkeypatch, capsys, "--resume=a", "--evaluate=b")
+    assert "pydantic" not in error and len(error.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("script", ["ernie_maddpg", "ernie_meanfield", "rma3c"], indirect=True)
