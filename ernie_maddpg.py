@@ -84,7 +84,7 @@ class MADDPG:
     continuous_actions: bool = True  # or discrete ones, by straight-through Gumbel-softmax
     total_timesteps: PositiveInt = 500_000  # environment steps of one seed
     num_envs: PositiveInt = 40  # B, environments of one seed that step together
-    share_parameters: bool | None = None  # one network for all agents; default: where all are alike and of one team
+    share_parameters: bool = True  # one network for all agents, if all are alike and of one team
     steps_per_update: PositiveInt = 25  # environment steps of one seed per update (maddpg-pytorch: 100)
     learning_starts: NonNegativeInt = 5_000  # environment steps before the first update
     buffer_size: PositiveInt = 250_000  # replay capacity of one seed in environment steps (maddpg-pytorch: 1e6)
@@ -221,7 +221,7 @@ def make_nets(env: Env, args: Args) -> tuple[Nets, dict[str, torch.optim.Optimiz
         "critic": [N * (O + A), *hidden, 2],  # the second output is for rounding: one alone has kernels of its own
     }
     nets, optimizers = {}, {}
-    is_shared = envs.are_alike(env) if args.share_parameters is None else args.share_parameters
+    is_shared = args.share_parameters and envs.are_alike(env)
     for name in sizes:
         net = init_mlp(sizes[name], args.activation, 1 if is_shared else N, generators)
         nets[name] = net

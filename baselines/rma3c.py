@@ -86,13 +86,15 @@ class MADDPG:
     continuous_actions: bool = True  # or discrete ones, by straight-through Gumbel-softmax
     total_timesteps: PositiveInt = 500_000  # environment steps of one seed
     num_envs: PositiveInt = 40  # B, environments of one seed that step together
-    steps_per_update: PositiveInt = 50  # environment steps of one seed per update (RMA3C: 100)
+    share_parameters: bool = True  # one network for all agents, if all are alike and of one team
+    steps_per_update: PositiveInt = 25  # environment steps of one seed per update (RMA3C: 100)
     learning_starts: NonNegativeInt = 5_000  # environment steps before the first update (RMA3C: 25,600)
     buffer_size: PositiveInt = 250_000  # replay capacity of one seed in environment steps (RMA3C: 1e6)
-    batch_size: PositiveInt = 1024  # M, transitions per minibatch
-    learning_rate: PositiveFloat = 1e-3  # Adam step size of actors and critics (RMA3C: 1e-2)
-    gamma: Share = 0.95  # discount factor
-    tau: Share = 0.01  # share by which the targets move at each update
+    batch_size: PositiveInt = 128  # M, transitions per minibatch (RMA3C: 1024)
+    learning_rate: PositiveFloat = 3e-3  # Adam step size of actors and critics (RMA3C: 1e-2)
+    learning_rate_end: PositiveFloat = 3e-4  # the same at the end, linear in between
+    gamma: Share = 0.9  # discount factor (RMA3C: 0.95)
+    tau: Share = 0.03  # share by which the targets move at each update (RMA3C: 0.01)
     hidden_size: PositiveInt = 64  # width of the two hidden layers
     activation: Literal["relu", "silu", "tanh"] = "relu"  # hidden activation
     exploration_noise: NonNegativeFloat = 0.8  # continuous: first standard deviation, in half-widths of the range
@@ -189,15 +191,20 @@ def init_mlp(sizes: list[int], activation: str, num_agents: int, generators: Gen
 
 
 def make_nets(env: Env, args: Args) -> tuple[Nets, dict[str, torch.optim.Optimizer]]:
-    """Actors, critics, adversaries and their targets; an Adam for all of each kind."""
+    """Actors, critics, adversaries and their targets, of each agent or of all; an Adam for each kind."""
     generators = envs.make_generators(args.seed, args.num_seeds, "init", env.device)
     N, O = env.obs_mask.shape
     A = env.action_mask.shape[1]
     hidden = [args.hidden_size, args.hidden_size]
-    sizes = {"actor": [O, *hidden, A], "critic": [N * (O + A), *hidden, 1], "adversary": [O, *hidden, O]}
+    sizes = {
+        "actor": [O, *hidden, A],
+        "critic": [N * (O + A), *hidden, 2],  # the second output is for rounding: one alone has kernels of its own
+        "adversary": [O, *hidden, O],
+    }
+    is_shared = args.share_parameters and envs.are_alike(env)
     nets, optimizers = {}, {}
     for name in sizes:
-        net = init_mlp(sizes[name], args.activation, N, generators)
+        net = init_mlp(sizes[name], args.activation, 1 if is_shared else N, generators)
         learning_rate = args.adversary_learning_rate if name == "adversary" else args.learning_rate
         nets[name] = net
         nets[f"{name}_target"] = replace(net, flat=net.flat.detach().clone())
@@ -205,9 +212,17 @@ def make_nets(env: Env, args: Args) -> tuple[Nets, dict[str, torch.optim.Optimiz
     return nets, optimizers
 
 
+def for_each(net: MLP, obs: Tensor) -> Tensor:
+    """obs [S, N, M, O] through each agent's network, or the one that all share."""
+    S, N, M, _ = obs.shape
+    if len(net.flat) == S:
+        obs = obs.reshape(S, 1, N * M, -1)
+    return net(obs).view(S, N, M, -1)
+
+
 def policy(actor: MLP, obs: Tensor, env: Env) -> Tensor:
     """Actions before tanh, or logits: obs [S, N, M, O] -> [S, N, M, A]. What is not legal is 0, or -1e9 if discrete."""
-    return torch.where(envs.legal_actions(obs, env), actor(obs), -1e9 if env.discrete else 0.0)
+    return torch.where(envs.legal_actions(obs, env), for_each(actor, obs), -1e9 if env.discrete else 0.0)
 
 
 def one_hot_best(output: Tensor) -> Tensor:
@@ -234,10 +249,23 @@ def everybody(x: Tensor) -> Tensor:
     return x.transpose(1, 2).unsqueeze(1)
 
 
+def own_first(x: Tensor) -> Tensor:
+    """What a critic that all agents share is asked, [S, 1, N * M, N, X], of what they see or do, [S, 1 or N, M, N, X]:
+    for each agent, itself and then the others in their order."""
+    N = x.shape[3]
+    agent = torch.arange(N, device=x.device)
+    order = (agent[:, None] + agent) % N  # [N, N]
+    x = x.expand(-1, N, -1, -1, -1).take_along_dim(order[None, :, None, :, None], 3)
+    return x.flatten(1, 2).unsqueeze(1)
+
+
 def q_values(critic: MLP, obs: Tensor, joint: Tensor) -> Tensor:
     """Q_i(x, a) of every agent's critic [S, N, M]: obs [S, N, M, O], joint actions [S, C, M, N, A]."""
-    values = critic(everybody(obs).flatten(3), joint.flatten(3))
-    return values.squeeze(-1)
+    S, N, M, _ = obs.shape
+    seen = everybody(obs)
+    if len(critic.flat) == S:
+        seen, joint = own_first(seen), own_first(joint)
+    return critic(seen.flatten(3), joint.flatten(3))[..., 0].reshape(S, N, M)
 
 
 def own_slot(env: Env) -> Tensor:
@@ -254,7 +282,7 @@ def deceive(adversary: MLP, obs: Tensor, radius: float, env: Env) -> Tensor:
     """What agents see, o_i + d chi_i(o_i), [S, N, M, O]. Padding, entries that are always 0 and what opponents see stay
     as they are."""
     live = (env.obs_mask & env.cooperators[:, None])[:, None].to(obs.dtype)
-    return obs + radius * live * torch.tanh(adversary(obs))
+    return obs + radius * live * torch.tanh(for_each(adversary, obs))
 
 
 def diagnose(adversary: MLP, obs: Tensor, env: Env, args: Args) -> Batch:
@@ -541,6 +569,9 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
         while step < args.total_timesteps and not caught:
             progress = step / args.total_timesteps
             std = args.exploration_noise + (args.exploration_noise_end - args.exploration_noise) * progress
+            for name in ("actor", "critic"):
+                step_size = (1 - progress) * args.learning_rate + progress * args.learning_rate_end
+                optimizers[name].param_groups[0]["lr"] = step_size
             episodes = rollout(step_env, env, nets, std, streams["rollout"], args)
             mean_return = envs.episodic_return(episodes["rewards"].sum(2), env)
             window["charts/episodic_return"].append(mean_return)

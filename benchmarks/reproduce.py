@@ -113,7 +113,19 @@ PARTICLE = partial(
     select={"eval_episodes": 100},
     claims=(("stackelberg", "none"), ("stackelberg", "adversarial"), ("stackelberg", "gaussian"), ("m3ddpg", "none")),
 )
-PARTICLE_FLAGS = {"total_timesteps": 200_000, "batch_size": 512, "eval_episodes": 200}
+FORMER = {  # settings of MADDPG in these studies, of which the tables in results/ are
+    "share_parameters": False,
+    "gamma": 0.95,
+    "tau": 0.01,
+    "learning_rate": 1e-3,
+    "learning_rate_end": 1e-3,
+}
+PARTICLE_FLAGS = FORMER | {
+    "total_timesteps": 200_000,
+    "batch_size": 512,
+    "steps_per_update": 50,
+    "eval_episodes": 200,
+}
 PARTICLE_METHODS = regularizers(
     ("gaussian", "random", "adversarial", "stackelberg"),
     (
@@ -155,10 +167,10 @@ def crowd(num_agents: int) -> Study:
     claims = [("stackelberg", "none")]
     scripts = {}
     if num_agents <= 15:
-        methods["maddpg"] = [{"regularizer": "none"}]
+        methods["maddpg"] = [{"regularizer": "none"} | FORMER]
         scripts["maddpg"] = "ernie_maddpg.py"
     if num_agents <= 6:
-        methods["m3ddpg"] = [{"regularizer": "none", "minimax_epsilon": 0.01}]
+        methods["m3ddpg"] = [{"regularizer": "none", "minimax_epsilon": 0.01} | FORMER]
         scripts["m3ddpg"] = "ernie_maddpg.py"
         claims.append(("stackelberg", "m3ddpg"))
     return Study(
