@@ -1,11 +1,17 @@
 """What the tests of all scripts share: starting one as a user does and reading what it left, networks and gradients by
 hand."""
 
+import atexit
 import dataclasses
 import itertools
+import json
 import os
+import select
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,12 +21,51 @@ ROOT = Path(__file__).parent.parent
 RTOL, ATOL = 3e-3, 3e-4  # of alike() on a GPU
 
 
-def start_script(script: str, *flags, **environment) -> subprocess.Popen:
-    """The script as a user starts it."""
-    command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
-    )
+class Fork:
+    """A script that fork_server.py has started: what the tests need of subprocess.Popen."""
+
+    channel: socket.socket | None = None  # to this process's server, which ends when that is closed
+
+    def __init__(self, words: list[str], environment: dict[str, str]):
+        if Fork.channel is None:
+            Fork.channel, other = socket.socketpair()
+            server = [sys.executable, str(ROOT / "tests" / "fork_server.py"), str(other.fileno())]
+            pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "pass_fds": [other.fileno()]}
+            process = subprocess.Popen(server, **pipes)
+            other.close()
+            atexit.register(process.wait)  # so that its time counts
+            atexit.register(Fork.channel.close)
+        self.out, self.err, request = (tempfile.TemporaryFile("w+") for _ in range(3))
+        json.dump({"words": words, "environment": environment, "folder": os.getcwd()}, request)
+        request.seek(0)
+        status, writer = os.pipe()
+        socket.send_fds(Fork.channel, [b"."], [request.fileno(), self.out.fileno(), self.err.fileno(), writer])
+        os.close(writer)
+        request.close()
+        self.status = os.fdopen(status)
+        self.pid = int(self.status.readline())
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        if not select.select([self.status], [], [], timeout)[0]:
+            os.kill(self.pid, signal.SIGKILL)
+            raise subprocess.TimeoutExpired("a script", timeout)
+        self.returncode = int(self.status.readline())
+        texts = []
+        for file in (self.out, self.err):
+            file.seek(0)
+            texts.append(file.read())
+            file.close()
+        self.status.close()
+        return tuple(texts)
+
+
+def start_script(script: str, *flags, is_forked=True, **environment) -> Fork | subprocess.Popen:
+    """The script as a user starts it, or as good as that, without the seconds that it takes to import torch."""
+    words, environment = [str(ROOT / script), *map(str, flags)], os.environ | environment
+    if is_forked:
+        return Fork(words, environment)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    return subprocess.Popen([sys.executable, *words], **options)
 
 
 def finish(process, code=0):

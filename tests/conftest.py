@@ -1,5 +1,10 @@
+import os
+
 import pytest
 import torch
+
+# read where torch first compiles; with more, every process of tests has others, which import torch too
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)

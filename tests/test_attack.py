@@ -1,21 +1,22 @@
 """benchmarks/attack.py: learned attacks on the policies of a run."""
 
 import csv
-import subprocess
+import importlib
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT, call, finish, only, start_script
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import attack
 
 import envs
+from envs import robustness
 
 pytestmark = pytest.mark.slow  # each trains a short run of every script
-ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 LIGHTS = (
@@ -35,11 +36,15 @@ SHORT = {"seconds": 20, "warmup": 10}  # of the lights' episodes
 
 @pytest.fixture(scope="module", params=RUNS, ids=[f"{script}-{k}" for k, (script, _) in enumerate(RUNS)])
 def run_dir(request, tmp_path_factory) -> Path:
+    """Of a run, made in this process, without its report."""
     folder, (script, flags) = tmp_path_factory.mktemp("runs"), request.param
     flags = [*flags.split(), "--num-seeds=2", "--eval-episodes=2", "--wandb-mode=disabled", f"--runs-dir={folder}"]
-    subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *flags], check=True, capture_output=True, text=True)
-    (found,) = folder.iterdir()
-    return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "baselines")
+        for report in ("report", "report_lights"):
+            patch.setattr(robustness, report, lambda *rest, **options: None)
+        assert call(importlib.import_module(Path(script).name), patch, *flags) == 0
+    return only(folder)
 
 
 def adversaries(run_dir, **options):
@@ -129,13 +134,17 @@ def test_the_adversary_learns_to_hurt(monkeypatch):
 
 def test_as_a_user_starts_it(run_dir):
     words = ["--radius=0.5", "--iterations=2", "--num-envs=4", "--eval-episodes=4", "--seconds=10", "--warmup=5"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "attack.py"), str(run_dir), *words]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    out, _ = finish(start_script("benchmarks/attack.py", run_dir, *words))
     assert [line.split()[0] for line in out.splitlines()[1:]] == ["clean", "gaussian", "mad", "learned"]
     with open(run_dir / "learned_attack.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 * 2 and {row["seed"] for row in rows} == {"1", "2"}
     assert all(float(row["return"]) == float(row["return"]) for row in rows)
+
+
+def test_it_starts_in_a_process_of_its_own():
+    out, _ = finish(start_script("benchmarks/attack.py", "--help", is_forked=False))
+    assert "--radius" in out
 
 
 @pytest.mark.parametrize(

@@ -441,6 +441,7 @@ def test_foreign_folders_get_one_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_command_line(tmp_path, monkeypatch):
     folder = trained("coma", tmp_path, monkeypatch)
-    out, _ = finish(start_script("benchmarks/certify.py", folder, "--radii", "10", "--samples=30", "--episodes=2"))
+    flags = ["--radii", "10", "--samples=30", "--episodes=2"]
+    out, _ = finish(start_script("benchmarks/certify.py", folder, *flags, is_forked=False))
     assert "probabilities, global" in out and "10.0: " in out and "vacuous" in out and "50 observations each" in out
     assert (folder / "certificates.csv").stat().st_size > 0

@@ -881,13 +881,26 @@ def flags_of(**options) -> list[str]:
     return words(SMALL | options)
 
 
+def whole_run(folder, **options) -> Path:
+    """The folder of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(envs, "make", partial(MAKE, **SHORT))
+        assert call(script, patch, f"--runs-dir={folder}", *flags_of(**options)) == 0
+    return only(folder)
+
+
+LONG = dict(phase_one_timesteps=480, phase_two_timesteps=800, log_interval=200, checkpoint_interval=10**6)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    return whole_run(tmp_path_factory.mktemp("long"), **LONG)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [4, 6, 7, 9])
-def test_a_run_that_stops_in_either_phase_or_at_its_end_goes_on(monkeypatch, tmp_path, updates, stop_at):
+def test_a_run_that_stops_in_either_phase_or_at_its_end_goes_on(monkeypatch, tmp_path, uninterrupted, updates, stop_at):
     """As if it had not been stopped, of six updates in phase one and ten in phase two; no update is made twice."""
-    long = dict(phase_one_timesteps=480, phase_two_timesteps=800, log_interval=200, checkpoint_interval=10**6)
-    assert call(script, monkeypatch, f"--runs-dir={tmp_path}/whole", *flags_of(**long)) == 0
-    updates.clear()
     real = script.update
 
     def stopping(*rest):
@@ -896,9 +909,9 @@ def test_a_run_that_stops_in_either_phase_or_at_its_end_goes_on(monkeypatch, tmp
         return real(*rest)
 
     monkeypatch.setattr(script, "update", stopping)
-    assert call(script, monkeypatch, f"--runs-dir={tmp_path}/stopped", *flags_of(**long)) == 130
+    assert call(script, monkeypatch, f"--runs-dir={tmp_path}/stopped", *flags_of(**LONG)) == 130
     monkeypatch.setattr(script, "update", real)
-    folder, whole = only(tmp_path / "stopped"), only(tmp_path / "whole")
+    folder, whole = only(tmp_path / "stopped"), uninterrupted
     assert runs.load(folder / "checkpoint.pt")["iteration"] == len(updates) == stop_at
     assert call(script, monkeypatch, f"--resume={folder}") == 0
     assert len([x for x in updates if x.env.eta.ndim == 0]) == 16  # in the test each environment has its own
@@ -951,12 +964,7 @@ def test_the_report_has_the_means_of_the_test(monkeypatch, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """The folder of a run."""
-    folder, patch = tmp_path_factory.mktemp("runs"), pytest.MonkeyPatch()
-    patch.setattr(envs, "make", partial(MAKE, **SHORT))
-    assert call(script, patch, f"--runs-dir={folder}", *flags_of()) == 0
-    patch.undo()
-    return only(folder)
+    return whole_run(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.mark.slow

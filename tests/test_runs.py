@@ -1,6 +1,7 @@
 """What every script's runs have in common: folders, checkpoints that survive, resumed runs, signals, wrong input."""
 
 import errno
+import fcntl
 import importlib
 import json
 import math
@@ -18,12 +19,12 @@ import torch
 from commands import ROOT, call, finish, only, start_script, without_speed
 
 import envs
-from envs import runs
+from envs import robustness, runs
 
 sys.path.insert(0, str(ROOT / "baselines"))
 
 STEPS = "--total-timesteps=400 --log-interval=100 --checkpoint-interval=200 --eval-episodes=4"
-REPLAY = f"{STEPS} --num-envs=4 --learning-starts=100 --buffer-size=1000"
+REPLAY = f"{STEPS} --steps-per-update=50 --num-envs=4 --learning-starts=100 --buffer-size=1000"
 SMALL = {  # script: flags of a run of seconds, with more than three updates and two checkpoints
     "ernie_maddpg": f"{REPLAY} --batch-size=32 --hidden-size=16",
     "ernie_mappo": f"{STEPS} --checkpoint-interval=100 --env-id=simple_spread_v3 --num-envs=2 --num-minibatches=1"
@@ -37,11 +38,11 @@ SMALL = {  # script: flags of a run of seconds, with more than three updates and
     "rma3c": f"{REPLAY} --batch-size=32 --hidden-size=16",
     "ermas_bimatrix": "--num-iterations=12 --log-interval=3 --checkpoint-interval=2 --num-envs=8 --horizon=6"
     " --inner-steps=2 --eval-iterations=3 --eval-q 0 0.5",
-    "ermas_economy": "--phase-one-timesteps=800 --phase-two-timesteps=1600 --log-interval=400 --checkpoint-interval=400"
+    "ermas_economy": "--phase-one-timesteps=800 --phase-two-timesteps=1200 --log-interval=400 --checkpoint-interval=400"
     " --num-envs=2 --hidden-size=8 --planner-hidden-size=8 --num-minibatches=2 --update-epochs=1 --planner-epochs=1"
     " --trust-batch-size=16 --cg-steps=3 --eval-eta 0.1 0.3 --eval-timesteps=800 --eval-episodes=2",
 }
-LONGER = {"ermas_bimatrix": "--num-iterations=18", "ermas_economy": "--phase-two-timesteps=2800"}  # half as long again
+LONGER = {"ermas_bimatrix": "--num-iterations=18", "ermas_economy": "--phase-two-timesteps=2000"}  # half as long again
 QUICK = {"ermas_bimatrix": "--eval-iterations=1", "ermas_economy": "--eval-timesteps=1"}  # the shortest report
 REPORT = {"ermas_bimatrix": ("test_games.csv", "report.png"), "ermas_economy": ("welfare.csv", "report.png")}
 OFFLINE = "--wandb-mode=disabled"
@@ -85,14 +86,13 @@ def path_of(script):
     return next(path for path in (ROOT, ROOT / "baselines") if (path / f"{script.__name__}.py").exists())
 
 
-def start(script, tmp_path, *flags, **environment):
+def file_of(script) -> str:
+    return str(path_of(script) / f"{script.__name__}.py")
+
+
+def start(script, tmp_path, *flags, **options):
     """A new small run as a user starts it."""
-    name = path_of(script) / f"{script.__name__}.py"
-    return start_script(str(name), "--runs-dir", tmp_path, *flags_of(script), *flags, **environment)
-
-
-def go_on(script, *flags):
-    return start_script(str(path_of(script) / f"{script.__name__}.py"), *flags)
+    return start_script(file_of(script), "--runs-dir", tmp_path, *flags_of(script), *flags, **options)
 
 
 def refused(script, monkeypatch, capsys, *flags) -> str:
@@ -114,19 +114,25 @@ def same_end(one, two) -> bool:
     return tables[0] == tables[1] and all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A finished run of two seeds per script: {name: (folder, what it printed)}; made when it is asked for."""
-    made = {}
+    """A finished run of two seeds per script: (folder, what it printed); made when it is first asked for by one of the
+    processes that run tests side by side."""
+    parent = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        parent = parent.parent
 
     def get(script):
-        name = script.__name__
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            out, error = finish(start(script, folder, "--capture-video", "--num-seeds=2"))
-            assert "wandb" not in error
-            made[name] = (only(folder), out)
-        return made[name]
+        folder = parent / f"finished_{script.__name__}"
+        folder.mkdir(exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "out").exists():
+                process = start(script, folder / "runs", "--capture-video", "--num-seeds=2", is_forked=False)
+                out, error = finish(process)
+                assert "wandb" not in error
+                (folder / "out").write_text(out)
+        return only(folder / "runs"), (folder / "out").read_text()
 
     return get
 
@@ -135,6 +141,18 @@ def finished(tmp_path_factory):
 def copy(finished, tmp_path):
     """A copy of the finished run, to be spoilt."""
     return lambda script: shutil.copytree(finished(script)[0], tmp_path / "copy")
+
+
+@pytest.fixture
+def short_report(monkeypatch):
+    """One point of those of particles and drones, for tests that are not about the report."""
+    sweep = robustness.sweep
+
+    def first(env, make_policy, strengths, *rest, **options):
+        name, (strength, *_) = next(iter(strengths.items()))
+        return sweep(env, make_policy, {name: (strength,)}, *rest, **options)
+
+    monkeypatch.setattr(robustness, "sweep", first)
 
 
 # ---------------------------------------------------------------- a whole run
@@ -174,17 +192,21 @@ def test_the_policy_alone_is_enough_to_evaluate(script, copy, monkeypatch):
 def test_a_renamed_copy_reads_its_parents_runs(script, finished, tmp_path):
     folder, _ = finished(script)
     shutil.copy(path_of(script) / f"{script.__name__}.py", tmp_path / "mine.py")
-    command = [sys.executable, str(tmp_path / "mine.py"), "--evaluate", str(folder), quick(script)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
+    finish(start_script(str(tmp_path / "mine.py"), "--evaluate", folder, quick(script), PYTHONPATH=str(ROOT)))
 
 
 @pytest.mark.slow
 def test_torchrun_shares_out_the_seeds(script, finished, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    name = str(path_of(script) / f"{script.__name__}.py")
-    command = [*launch, name, *flags_of(script), OFFLINE, "--num-seeds=2", f"--runs-dir={tmp_path}"]
-    finish(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    """One script is started by it, the others in the environment that it makes."""
+    flags = [OFFLINE, "--num-seeds=2"]
+    if script.__name__ == "ernie_maddpg":
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+        command = [*launch, file_of(script), *flags_of(script), *flags, f"--runs-dir={tmp_path}"]
+        finish(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    else:
+        both = [start(script, tmp_path, *flags, WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+        for process in both:
+            finish(process)
     together = without_speed(runs.read_rows(finished(script)[0] / "metrics.csv"))
     for seed in (1, 2):
         (folder,) = tmp_path.glob(f"*__{seed}__*")
@@ -210,59 +232,82 @@ def test_seeds_that_processes_cannot_share_are_refused(script, monkeypatch, caps
 @pytest.mark.parametrize("how,code", [("SIGKILL", -9), ("SIGINT", 130)])
 def test_killed_or_stopped_and_resumed_equals_uninterrupted(script, finished, tmp_path, how, code):
     """At the third update, whatever the machine's load."""
-    source = KILLED.format(root=str(ROOT), script=script.__name__, call=3, signal=how)
-    flags = [*flags_of(script), OFFLINE, "--num-seeds=2", f"--runs-dir={tmp_path}"]
-    command = [sys.executable, "-c", source, *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    _, error = finish(process, code)
-    folder = only(tmp_path)
+    killed, folder = tmp_path / "killed.py", tmp_path / "runs"
+    killed.write_text(KILLED.format(root=str(ROOT), script=script.__name__, call=3, signal=how))
+    flags = [*flags_of(script), OFFLINE, "--num-seeds=2", f"--runs-dir={folder}"]
+    _, error = finish(start_script(str(killed), *flags), code)
+    folder = only(folder)
     if how == "SIGINT":
         assert error.strip().endswith(f"go on with --resume {folder}")
     (folder / "metrics.csv").write_text("seed,global_st")  # what a kill in the middle of a write leaves
     (folder / "checkpoint.pt.tmp").write_text("half")
-    finish(go_on(script, "--resume", folder))
+    finish(start_script(file_of(script), "--resume", folder))
     assert same_end(folder, finished(script)[0]) and not list(folder.glob("*.tmp"))
+
+
+@pytest.fixture(scope="module")
+def number_of_updates(tmp_path_factory):
+    """Of a small run; counted in one that is not stopped."""
+    counts = {}
+
+    def get(script):
+        name, update, save, updates = script.__name__, script.update, runs.save, []
+
+        def counted(*args, **options):
+            updates.append(1)
+            return update(*args, **options)
+
+        def noted(path, state):
+            if path.name == "policy.pt":  # training is over
+                counts[name] = len(updates)
+            save(path, state)
+
+        if name not in counts:
+            folder = tmp_path_factory.mktemp(name)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(script, "update", counted)
+                patch.setattr(runs, "save", noted)
+                flags = [*flags_of(script), OFFLINE, f"--runs-dir={folder}", quick(script)]
+                assert call(script, patch, *flags) == 0
+            assert (only(folder) / report_of(script)[0]).exists()
+        return counts[name]
+
+    return get
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGHUP", "SIGINT"])
-def test_a_signal_in_the_last_update_still_stops(script, monkeypatch, capsys, tmp_path, how):
-    updates, last, update, save = [], [], script.update, runs.save
+def test_a_signal_in_the_last_update_still_stops(
+    script, short_report, number_of_updates, monkeypatch, capsys, tmp_path, how
+):
+    updates, last, update = [], number_of_updates(script), script.update
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # the tests run under nohup
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def counted(*args, **options):
         updates.append(1)
-        if [len(updates)] == last:
+        if len(updates) == last:
             os.kill(os.getpid(), getattr(signal, how))
         return update(*args, **options)
 
-    def noted(path, state):
-        if path.name == "policy.pt":  # training is over
-            last.append(len(updates))
-        save(path, state)
-
     monkeypatch.setattr(script, "update", counted)
-    monkeypatch.setattr(runs, "save", noted)
     flags = [*flags_of(script), OFFLINE, f"--runs-dir={tmp_path}", quick(script)]
-    assert call(script, monkeypatch, *flags) == 0
-    updates.clear()
     assert call(script, monkeypatch, *flags) == 130
     assert "--resume" in capsys.readouterr().err
-    assert len(list(tmp_path.glob("*/checkpoint.pt"))) == 2
-    assert len(list(tmp_path.glob(f"*/{report_of(script)[0]}"))) == 1
+    folder = only(tmp_path)
+    assert (folder / "checkpoint.pt").exists() and not (folder / report_of(script)[0]).exists()
 
 
 def test_ctrl_c_while_importing_prints_no_traceback(script, tmp_path):
     """A package that presses it while it is imported."""
     (tmp_path / "pydantic.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    process = start(script, tmp_path, OFFLINE, PYTHONPATH=str(tmp_path))
+    process = start(script, tmp_path, OFFLINE, PYTHONPATH=str(tmp_path), is_forked=False)
     out, error = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGINT and out == error == ""
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_made_longer(script, copy, monkeypatch, tmp_path):
+def test_a_finished_run_is_made_longer(script, copy, short_report, monkeypatch, tmp_path):
     folder = copy(script)
     before = runs.read_rows(folder / "metrics.csv")
     flag = LONGER.get(script.__name__, "--total-timesteps=600")
@@ -299,7 +344,9 @@ def test_a_run_is_not_made_shorter(script, finished, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["ernie_maddpg"], indirect=True)
-def test_a_run_that_overshot_its_total_is_resumed_and_evaluated_where_it_lies(script, monkeypatch, tmp_path):
+def test_a_run_that_overshot_its_total_is_resumed_and_evaluated_where_it_lies(
+    script, short_report, monkeypatch, tmp_path
+):
     flags = [*flags_of(script), "--num-envs=4", "--total-timesteps=450", OFFLINE]
     assert call(script, monkeypatch, f"--runs-dir={tmp_path}/runs", *flags) == 0
     folder = only(tmp_path / "runs")
@@ -366,7 +413,7 @@ def spoil(folder, change) -> None:
 
 
 @pytest.mark.slow
-def test_a_foreign_or_old_checkpoint_is_named(script, copy, monkeypatch, capsys):
+def test_a_foreign_or_old_checkpoint_is_named(script, copy, short_report, monkeypatch, capsys):
     folder = copy(script)
     whole = (folder / "checkpoint.pt").read_bytes()
 
@@ -390,26 +437,28 @@ def test_a_foreign_or_old_checkpoint_is_named(script, copy, monkeypatch, capsys)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["checkpoint.pt", "metrics.csv", "policy.pt", "table", "picture"])
-def test_a_full_disk_is_one_line_and_leaves_whole_files(script, monkeypatch, capsys, tmp_path, which):
-    which = {"table": report_of(script)[0], "picture": report_of(script)[1]}.get(which, which)
-    real, count = os.replace, []
+def test_a_full_disk_is_one_line_and_leaves_whole_files(script, short_report, monkeypatch, capsys, tmp_path):
+    """One file after the other cannot be written; each time the run goes on from what is there."""
+    table, picture = report_of(script)
+    real, flags, written = os.replace, [*flags_of(script), f"--runs-dir={tmp_path}"], []
 
     def full(source, target):
-        count.append(str(target))
-        if str(target).endswith(which) and len(count) > 3:
+        written.append(str(target))
+        if str(target).endswith(which) and len(written) > 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(source, target)
 
-    monkeypatch.setattr(os, "replace", full)
-    assert call(script, monkeypatch, *flags_of(script), OFFLINE, f"--runs-dir={tmp_path}") == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    folder = only(tmp_path)
-    assert "No space left on device" in error and which in error and str(folder) in error
-    assert "--resume" in error or "--evaluate" in error
-    assert not list(folder.glob("*.tmp"))
+    for which in ("checkpoint.pt", "metrics.csv", "policy.pt", table, picture):
+        monkeypatch.setattr(os, "replace", full)
+        assert call(script, monkeypatch, *flags, OFFLINE) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        folder = only(tmp_path)
+        assert "No space left on device" in error and which in error and str(folder) in error
+        assert "--resume" in error or "--evaluate" in error
+        assert not list(folder.glob("*.tmp"))
+        flags = ["--resume", folder]
     monkeypatch.setattr(os, "replace", real)
-    assert call(script, monkeypatch, "--resume", folder, OFFLINE, quick(script)) == 0
+    assert call(script, monkeypatch, *flags, OFFLINE) == 0
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(script, monkeypatch, capsys, tmp_path):
@@ -464,7 +513,7 @@ def test_without_git_there_is_no_commit(monkeypatch):
 
 
 @pytest.mark.slow
-def test_wandb_that_fails_does_not_stop_the_run(script, monkeypatch, capsys, tmp_path):
+def test_wandb_that_fails_does_not_stop_the_run(script, short_report, monkeypatch, capsys, tmp_path):
     wandb = pytest.importorskip("wandb")
 
     def unreachable(**options):
@@ -477,7 +526,9 @@ def test_wandb_that_fails_does_not_stop_the_run(script, monkeypatch, capsys, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("script", ["ernie_maddpg"], indirect=True)
 def test_online_without_a_server_is_offline(script, tmp_path):
+    """After half a minute; that every script goes on without wandb says the test above."""
     server = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "x" * 40}
     _, error = finish(start(script, tmp_path, "--wandb-mode=online", **server))
     assert "wandb (online) is left out" in error and "wandb (offline)" not in error
@@ -572,7 +623,7 @@ def test_a_replay_without_room_for_an_episode_is_refused(script, monkeypatch, ca
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["ernie_maddpg"], indirect=True)
-def test_an_attack_too_small_for_a_gradient_is_no_error(script, monkeypatch, tmp_path):
+def test_an_attack_too_small_for_a_gradient_is_no_error(script, short_report, monkeypatch, tmp_path):
     flags = [*flags_of(script), "--epsilon=1e-8", OFFLINE, f"--runs-dir={tmp_path}"]
     assert call(script, monkeypatch, *flags) == 0
 
