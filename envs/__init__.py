@@ -104,9 +104,15 @@ def task_options(args) -> dict:
 
 
 def for_training(env: Env, args) -> Env:
-    """Of a wrapped environment the one whose episodes follow one another, no longer than the run."""
-    num_steps = math.ceil(args.total_timesteps / args.num_envs)
-    return env.for_training(num_steps) if hasattr(env, "for_training") else env
+    """Of a wrapped environment the one whose episodes follow one another. If the run is too short for a whole one in
+    each of --num-envs, they are cut, and a line says so."""
+    if not hasattr(env, "for_training"):
+        return env
+    longest = math.ceil(args.total_timesteps / args.num_envs)
+    if env.horizon > longest:
+        print(f"episodes are cut after {longest} of {env.horizon} steps: --total-timesteps has no more for each copy")
+        args.horizon = longest
+    return env.for_training(min(env.horizon, longest))
 
 
 def for_tests(env: Env, num_episodes: int) -> Env:
@@ -140,7 +146,10 @@ def make(
     for name in ("particle", "bimatrix", "traffic", "drones", "economy"):
         module = importlib.import_module(f"envs.{name}")
         if env_id in module.TASKS:
-            return module.make(env_id, num_envs, device, dtype, num_agents, continuous_actions, **fields)
+            try:
+                return module.make(env_id, num_envs, device, dtype, num_agents, continuous_actions, **fields)
+            except TypeError as error:  # of a field
+                raise ValueError(f"fields of {env_id}: {error}, got {fields}") from error
         tasks += module.TASKS
     if env_id.startswith("zoo:"):
         zoo = importlib.import_module("envs.zoo")  # only here: PettingZoo is needed for nothing else

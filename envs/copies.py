@@ -24,6 +24,7 @@ import numpy as np
 from gymnasium import spaces
 from pettingzoo import ParallelEnv
 
+MOST = 10_000  # copies, objects of Python each
 SLACK = 1e-3  # by which an observation may leave its space: many are rounded
 
 
@@ -250,8 +251,8 @@ class Copies:
     """`count` copies of `constructor()`; copy b is in worker b % num_workers, or here if there is but one."""
 
     def __init__(self, constructor: Callable[[], ParallelEnv], count: int, num_workers: int = 1, label: str = "zoo"):
-        if count < 1:
-            raise ValueError(f"num_envs must be 1 or more, got {count}")
+        if not 1 <= count <= MOST:
+            raise ValueError(f"num_envs must be 1 or more, {MOST:,} at most of all seeds together, got {count}")
         self.constructor, self.count, self.label = constructor, count, label
         self.now = (0, 0)  # number of resets and steps since then
         with blamed(label):

@@ -181,6 +181,7 @@ def loader(kind: type, make_env: Callable, make_nets: Callable, trained_policy: 
     def load_policy(path: str, seed_index: int = 0) -> Callable:
         """The policies of a run, of one of the seeds in it, for a loop of PettingZoo's, see `player`."""
         args, checkpoint = runs.saved(kind, path)
+        args.num_workers = 1  # of PettingZoo's environments, whose spaces are read
         env = make_env(args, args.num_seeds, torch.device("cpu"))
         nets, _ = make_nets(env, args)
         runs.restore({"nets": {name: net.flat for name, net in nets.items()}}, checkpoint)

@@ -180,8 +180,7 @@ class ZooEnv:
     num_envs: int  # B, the first ones of the copies
     device: torch.device
     dtype: torch.dtype
-    horizon: int  # steps from `reset` until everything is cut
-    episode_limit: int  # steps after which an episode is cut in tests, if it has not ended by itself
+    horizon: int  # steps from `reset` until all episodes are cut
     team: Sequence[str]  # cooperating agents, by name or first letters; empty: all
     env_id: str
     autoreset: bool = False  # start another episode where one is over, instead of resting
@@ -217,14 +216,14 @@ class ZooEnv:
         return torch.tensor(array, dtype=dtype, device=self.device)
 
     def for_training(self, num_steps: int) -> "ZooEnv":
-        """The same copies, whose episodes follow one another, cut after `num_steps` at the latest."""
-        return dataclasses.replace(self, horizon=min(self.horizon, num_steps), autoreset=True)
+        """The same copies, whose episodes follow one another until all are cut after `num_steps`."""
+        return dataclasses.replace(self, horizon=num_steps, autoreset=True)
 
     def for_tests(self, num_episodes: int) -> "ZooEnv":
         """The same copies, of which an evaluation plays about so many whole episodes, in turns."""
         num_envs = min(self.copies.count, num_episodes)
         turns = math.ceil(num_episodes / num_envs)
-        return dataclasses.replace(self, num_envs=num_envs, horizon=self.episode_limit, autoreset=False, turns=turns)
+        return dataclasses.replace(self, num_envs=num_envs, autoreset=False, turns=turns)
 
     def reset(self, generators: list[torch.Generator]) -> tuple[Handle, Tensor]:
         """Each copy is seeded with a number that the generator of its block draws."""
@@ -310,7 +309,7 @@ def from_parallel_env(
     if horizon is None and copies.limit is None:
         print(f"{env_id} does not say how long an episode is: it is cut after {LONG} steps (--horizon)")
     horizon = horizon or copies.limit or LONG
-    return ZooEnv(copies, num_envs, torch.device(device), dtype, horizon, horizon, tuple(cooperators or ()), env_id)
+    return ZooEnv(copies, num_envs, torch.device(device), dtype, horizon, tuple(cooperators or ()), env_id)
 
 
 def original(env) -> ZooEnv:

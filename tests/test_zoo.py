@@ -275,7 +275,7 @@ def play(env, steps, action=None, seed=1):
 def test_one_episode_follows_another_in_training():
     """In the step after its end a copy starts again: no reward, nobody live, the observation of a reset."""
     env = zoo.from_parallel_env(Short, 5).for_training(20)
-    assert env.horizon == 6 and env.for_training(4).horizon == 4
+    assert env.horizon == 20 and env.for_training(4).horizon == 4
     env = zoo.from_parallel_env(Short, 5, horizon=30).for_training(20)
     rows = play(env, 20)
     over = torch.stack([row[3] for row in rows[1:]])
@@ -302,7 +302,7 @@ def test_numbers_do_not_depend_on_workers(num_workers):
 
 
 def test_an_evaluation_plays_whole_episodes_in_turns():
-    env = zoo.from_parallel_env(Short, 4, horizon=30).for_training(10)
+    env = zoo.from_parallel_env(Short, 4, horizon=30).for_training(30)
     tests = env.for_tests(10)
     assert (tests.num_envs, tests.turns, tests.horizon, tests.autoreset) == (4, 3, 30, False)
     few = env.for_tests(2)
