@@ -92,11 +92,15 @@ def task_options(args) -> dict:
                 options[name] = as_json(value)
         except ValueError as error:
             raise ValueError(f"--env-kwargs must be JSON or name=value, got {text}: {error}") from None
+    is_zoo = args.env_id.startswith("zoo:")
+    for name, value in options.items():
+        if isinstance(value, list | dict) and not is_zoo:
+            raise ValueError(f"--env-kwargs {name} must be a number or a name, got {value}")
     if args.horizon:
         options["horizon"] = args.horizon
     if args.cooperators:
         options["cooperators"] = args.cooperators
-    if args.env_id.startswith("zoo:"):
+    if is_zoo:
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         options["num_workers"] = args.num_workers or max(1, cores)
         options["render_mode"] = "rgb_array" if args.capture_video else None

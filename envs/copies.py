@@ -25,7 +25,7 @@ from gymnasium import spaces
 from pettingzoo import ParallelEnv
 
 MOST = 10_000  # copies, objects of Python each
-SLACK = 1e-3  # by which an observation may leave its space: many are rounded
+SLACK = 0.05  # of a bound's distance from the other, by which an observation may leave its space: some do a little
 
 
 class EnvironmentFault(OSError, ValueError):
@@ -268,7 +268,9 @@ class Copies:
         sizes = [agent.action.n if self.is_discrete else math.prod(agent.action.shape) for agent in self.agents]
         self.action_sizes = tuple(int(size) for size in sizes)
         low, high = (self._padded([pair[end] for pair in ends]) for end in (0, 1))
-        self.obs_range = (low - SLACK * (1 + abs(low)), high + SLACK * (1 + abs(high)))
+        width = high - low
+        slack = 1e-3 + SLACK * np.where(np.isfinite(width), width, 0)
+        self.obs_range = (low - slack, high + slack)
         self.action_range = self._read_range()
         self.arrays = self._make_arrays()
         self.connections, self.processes = [], []
