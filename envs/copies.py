@@ -248,7 +248,7 @@ class Copy:
 
 
 class Copies:
-    """`count` copies of `constructor()`; copy b is in worker b % num_workers, or here if there is but one."""
+    """`count` copies of `constructor()`; copy b is in worker b % num_workers, of which this process is the first."""
 
     def __init__(self, constructor: Callable[[], ParallelEnv], count: int, num_workers: int = 1, label: str = "zoo"):
         if not 1 <= count <= MOST:
@@ -275,14 +275,13 @@ class Copies:
         self.arrays = self._make_arrays()
         self.connections, self.processes = [], []
         num_workers = min(num_workers, count)
-        if num_workers == 1:
-            self.local = self._build([first, *(None for _ in range(count - 1))], range(count))
-        else:
-            self.local = []
-            first.close()
-            self._start_workers(num_workers)
+        self.indices = range(0, count, num_workers)  # of the copies in this process
+        self.local: list[Copy] = []
+        self._start_workers(num_workers)
         # called by hand, when nobody has a use for the copies, or at the end of the program
         self.close = Finalize(self, close, (self.local, self.connections, self.processes), exitpriority=10)
+        self.local += self._build([first, *(None for _ in self.indices[1:])], self.indices)
+        self._receive()  # that the others are built
 
     def _padded(self, rows: list[np.ndarray]) -> np.ndarray:
         out = np.zeros((len(rows), max(map(len, rows))))
@@ -334,7 +333,7 @@ class Copies:
     def _start_workers(self, num_workers: int) -> None:
         """Forked, so that any constructor will do, memory is shared and nothing is imported again."""
         context = multiprocessing.get_context("fork")
-        for w in range(num_workers):
+        for w in range(1, num_workers):
             ours, theirs = context.Pipe()
             indices = range(w, self.count, num_workers)
             process = context.Process(target=self._work, args=(theirs, ours, indices), daemon=True)
@@ -342,11 +341,6 @@ class Copies:
             theirs.close()
             self.connections.append(ours)
             self.processes.append(process)
-        try:
-            self._receive()  # that they are built
-        except EnvironmentFault:
-            close([], self.connections, self.processes)
-            raise
 
     def _work(self, connection, others, indices: Sequence[int]) -> None:
         """A worker: signals are for the process that trains; when that has ended, so has this one."""
@@ -379,12 +373,14 @@ class Copies:
         return replies
 
     def _ask(self, command: str, value) -> list:
-        if self.local:
-            return [answer(self.local, range(self.count), command, value)]
         for connection in self.connections:
             with contextlib.suppress(BrokenPipeError):  # then it does not answer either
                 connection.send((command, value))
-        return self._receive()
+        try:
+            own = answer(self.local, self.indices, command, value)
+        finally:
+            others = self._receive()
+        return [own, *others]
 
     # ------------------------------------------------------------ what they do
 
