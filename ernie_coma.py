@@ -150,6 +150,8 @@ class Args(ERNIE, COMA, Experiment):
         if self.eval_episodes is None:
             few = 4 if self.is_traffic else 10
             self.eval_episodes = few if self.is_traffic or self.is_zoo else 1000
+        if self.is_traffic and (self.env_kwargs or self.cooperators):
+            raise ValueError("env_kwargs and cooperators must be left out of traffic: it has flags of its own")
         if self.is_traffic and self.horizon is None:
             self.horizon = 2000
         if self.backend != "torch" and not (self.evaluate and self.is_traffic):

@@ -383,7 +383,8 @@ def minimax_actions(critic: MLP, obs: Tensor, joint: Tensor, env: Env, args: Arg
     joint = joint.expand(-1, env.num_agents, -1, -1, -1)
     with torch.no_grad():
         slope = torch.func.grad(lambda a: q_values(critic, obs, a).sum())(joint)
-    moved = ~own_slot(env) & env.cooperators[:, None, None, None] & env.action_mask
+    legal = everybody(envs.legal_actions(obs, env))
+    moved = ~own_slot(env) & env.cooperators[:, None, None, None] & legal
     return joint - args.minimax_epsilon * slope * moved
 
 
@@ -404,8 +405,8 @@ def greedy_changes(critic: MLP, obs: Tensor, joint: Tensor, env: Env, args: Args
     repeated = obs.repeat_interleave(N * A, 2)
     choice = torch.eye(A, dtype=joint.dtype, device=joint.device)[:, None]  # [A, 1, A]
     agent = torch.arange(N * A, device=joint.device) // A
-    legal = envs.legal_actions(obs, env).expand(*obs.shape[:3], A)
-    allowed = everybody(legal).flatten(3).expand(*clean.shape, N * A)  # [S, N, M, N * A]
+    legal = everybody(envs.legal_actions(obs, env))
+    allowed = legal.flatten(3).expand(*clean.shape, N * A)  # [S, N, M, N * A]
     changed = joint.expand(-1, N, -1, -1, -1)
     for _ in range(min(args.action_agents, N)):
         # agent j plays k instead, for all (j, k): [S, N, M, N * A, N, A]

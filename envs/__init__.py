@@ -21,6 +21,9 @@ from envs import runs
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
+OWN_FLAGS = {"env_id", "num_envs", "device", "dtype", "num_agents", "continuous_actions", "horizon", "cooperators"}
+
+
 class Env(Protocol):
     """What a script may rely on. Axes: B environments, N agents, O observation entries, A action entries; agents with
     fewer entries are padded with zeros."""
@@ -92,18 +95,19 @@ def task_options(args) -> dict:
                 options[name] = as_json(value)
         except ValueError as error:
             raise ValueError(f"--env-kwargs must be JSON or name=value, got {text}: {error}") from None
-    is_zoo = args.env_id.startswith("zoo:")
-    for name, value in options.items():
-        if isinstance(value, list | dict) and not is_zoo:
-            raise ValueError(f"--env-kwargs {name} must be a number or a name, got {value}")
+    taken = OWN_FLAGS & options.keys()
+    if args.env_id.startswith("zoo:"):
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        options = {"keywords": options, "num_workers": args.num_workers or max(1, cores)}
+        options["render_mode"] = "rgb_array" if args.capture_video else None
+    elif taken:
+        raise ValueError(f"--env-kwargs must not have {', '.join(sorted(taken))}: there is a flag for it")
+    elif wrong := [name for name, value in options.items() if isinstance(value, list | dict)]:
+        raise ValueError(f"--env-kwargs {wrong[0]} must be a number or a name, got {options[wrong[0]]}")
     if args.horizon:
         options["horizon"] = args.horizon
     if args.cooperators:
         options["cooperators"] = args.cooperators
-    if is_zoo:
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        options["num_workers"] = args.num_workers or max(1, cores)
-        options["render_mode"] = "rgb_array" if args.capture_video else None
     return options
 
 
@@ -200,16 +204,17 @@ def for_env(action: Tensor, env: Env) -> Tensor:
 
 
 def legal_actions(obs: Tensor, env: Env) -> Tensor:
-    """Which actions there are at obs [..., N, M, O]: [..., N, M, A] bool or what broadcasts to it. Wrapped environments
-    have their action masks in the last entries of observations, so that whoever has the one has the other."""
-    exists = env.action_mask[:, None]
+    """Which actions there are at obs [..., N, M, O]: [..., N, M, A] bool. Wrapped environments have their action masks
+    in the last entries of observations, so that whoever has the one has the other."""
+    exists = env.action_mask[:, None].expand(*obs.shape[:-1], -1)
     if not getattr(env, "masked", False):
         return exists
     return exists & (obs[..., -exists.shape[-1] :] > 0.5)
 
 
 def live_mean(x: Tensor, live: Tensor | None) -> Tensor:
-    """Mean over samples [S, N, M] -> [S, N]; of agents that had not ended if `live` [S, N, M or more] says who."""
+    """Mean over samples [S, N, M] -> [S, N]; of agents that had not ended if `live` [S, N, M or more] says who: each
+    agent counts the same, however few of its samples do."""
     if live is None:
         return x.mean(2)
     live = live[:, :, : x.shape[2]]

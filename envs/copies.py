@@ -1,9 +1,9 @@
 """Copies of a PettingZoo parallel environment, in this process or shared out among worker processes.
 
     copies = Copies(lambda: multiwalker_v9.parallel_env(), count=8, num_workers=2)
-    copies.reset([1, 2, 3, 4])           # the first four of them; their observations lie in copies.obs[:4]
-    copies.action[:4] = 0.5
-    copies.step(autoreset=True)          # copies.obs, reward, live, terminated, ... [:4]
+    copies.reset([1, 2, 3, 4])           # the first four of them; their observations lie in copies.arrays.obs[:4]
+    copies.arrays.action[:4] = 0.5
+    copies.step(autoreset=True)          # copies.arrays.obs, reward, live, terminated, ... [:4]
 
 A copy whose episode is over starts another one in its next step, which plays nothing (Gymnasium's next-step autoreset),
 or rests. What an environment does wrong is an EnvironmentFault with the agent's name and the step.
@@ -24,6 +24,7 @@ import numpy as np
 from gymnasium import spaces
 from pettingzoo import ParallelEnv
 
+LARGEST = float(np.finfo(np.float32).max)
 MOST = 10_000  # copies, objects of Python each
 SLACK = 0.05  # of a bound's distance from the other, by which an observation may leave its space: some do a little
 
@@ -99,9 +100,9 @@ class Agent:
 
     def split(self, obs, info: dict) -> tuple[np.ndarray, np.ndarray | None]:
         """Flat observation and action mask, None where the environment gives none."""
-        mask = info.get("action_mask")
-        if self.is_masked:
-            obs, mask = obs["observation"], obs["action_mask"]
+        mask = obs["action_mask"] if self.is_masked else info.get("action_mask")
+        if self.is_masked and not isinstance(self.observation, spaces.Dict):
+            obs = obs["observation"]
         return flatten(self.observation, obs), mask
 
     def native(self, action: np.ndarray, low: float, high: float):
@@ -116,9 +117,12 @@ class Agent:
         return np.clip(value.reshape(space.shape).astype(space.dtype), space.low, space.high)
 
 
-def encode(agents: list[Agent], observations: dict, infos: dict, ranges: tuple, out: np.ndarray) -> None:
+def encode(
+    agents: list[Agent], observations: dict, infos: dict, ranges: tuple, out: np.ndarray, over: Sequence[bool]
+) -> None:
     """Write observations and action masks into out [N, W], zeros of an agent that is not there. One without a legal
-    action has all of them: nothing is chosen there. Raise EnvironmentFault for what leaves its space."""
+    action, or whose episode is over and who has no mask, has all of them: nothing is chosen there. Raise
+    EnvironmentFault for what leaves its space and for a mask that is missing."""
     low, high = ranges  # [N, O] each
     out[:] = 0
     num_own = low.shape[1]
@@ -128,10 +132,13 @@ def encode(agents: list[Agent], observations: dict, infos: dict, ranges: tuple, 
         if agent.name in observations:
             with blamed(f"observation of {agent.name}"):
                 row, mask = agent.split(observations[agent.name], infos.get(agent.name, {}))
-                outside = ~((row >= low[i, : len(row)]) & (row <= high[i, : len(row)]))  # nan too
+                inside = (row >= low[i, : len(row)]) & (row <= high[i, : len(row)]) & (abs(row) < LARGEST)
+                outside = ~inside  # nan too
                 if outside.any():
                     raise ValueError(f"{row[outside.argmax()]} is outside its space")
                 out[i, : len(row)] = row
+                if has_masks and mask is None and not over[i]:
+                    raise ValueError("it has no action mask, as others have")
         if has_masks:
             count = agent.action.n
             is_empty = mask is None or not np.any(mask)
@@ -145,9 +152,11 @@ def read_agents(env: ParallelEnv) -> list[Agent]:
     agents = []
     for name in env.possible_agents:
         observation, action = env.observation_space(name), env.action_space(name)
-        is_masked = isinstance(observation, spaces.Dict) and set(observation.spaces) == {"observation", "action_mask"}
+        is_masked = isinstance(observation, spaces.Dict) and "action_mask" in observation.spaces
         if is_masked:
-            observation = observation["observation"]
+            others = {key: part for key, part in observation.spaces.items() if key != "action_mask"}
+            is_alone = set(others) == {"observation"} and not isinstance(others["observation"], spaces.Dict)
+            observation = others["observation"] if is_alone else spaces.Dict(others)
         agents.append(Agent(name, observation, action, is_masked))
     kinds = {type(agent.action) for agent in agents}
     if kinds not in ({spaces.Box}, {spaces.Discrete}):
@@ -198,7 +207,7 @@ class Copy:
             self.died = np.zeros(len(self.agents), dtype=bool)  # terminated, not truncated
             self.rows.over[...] = 0
             self.rows.total[:] = 0
-            encode(self.agents, obs, infos, self.obs_range, self.rows.obs)
+            encode(self.agents, obs, infos, self.obs_range, self.rows.obs, self.ended)
 
     def step(self, autoreset: bool) -> None:
         rows = self.rows
@@ -235,13 +244,15 @@ class Copy:
                 rows.terminated[i] = died and not self.ended[i]
                 self.died[i] = died
                 self.ended[i] = died or bool(truncations.get(name, False))
+                if self.ended[i] and not died and name not in obs:
+                    rows.live[i] = False  # what came next is not known: nothing can be learnt from this step
         if self.ended.all() or not env.agents:
             rows.over[...] = 1 if self.died.all() else 2
         rows.total[:] += rows.reward
         if rows.over:
             rows.finished[0] += 1
             rows.finished[1:] += rows.total
-        encode(self.agents, obs, infos, self.obs_range, self.rows.obs)
+        encode(self.agents, obs, infos, self.obs_range, self.rows.obs, self.ended)
 
 
 # ---------------------------------------------------------------- all copies
@@ -277,9 +288,9 @@ class Copies:
         num_workers = min(num_workers, count)
         self.indices = range(0, count, num_workers)  # of the copies in this process
         self.local: list[Copy] = []
-        self._start_workers(num_workers)
         # called by hand, when nobody has a use for the copies, or at the end of the program
         self.close = Finalize(self, close, (self.local, self.connections, self.processes), exitpriority=10)
+        self._start_workers(num_workers)
         self.local += self._build([first, *(None for _ in self.indices[1:])], self.indices)
         self._receive()  # that the others are built
 
@@ -337,10 +348,10 @@ class Copies:
             ours, theirs = context.Pipe()
             indices = range(w, self.count, num_workers)
             process = context.Process(target=self._work, args=(theirs, ours, indices), daemon=True)
-            process.start()
-            theirs.close()
             self.connections.append(ours)
             self.processes.append(process)
+            process.start()
+            theirs.close()
 
     def _work(self, connection, others, indices: Sequence[int]) -> None:
         """A worker: signals are for the process that trains; when that has ended, so has this one."""
@@ -348,12 +359,12 @@ class Copies:
         for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(kind, signal.SIG_IGN)
         copies = []
-        try:
-            copies = self._build([None] * len(indices), indices)
-            connection.send(None)
-        except EnvironmentFault as error:
-            connection.send(error)
-        with contextlib.suppress(EOFError, BrokenPipeError):
+        with contextlib.suppress(EOFError, ConnectionError):
+            try:
+                copies = self._build([None] * len(indices), indices)
+                connection.send(None)
+            except EnvironmentFault as error:
+                connection.send(error)
             while (request := connection.recv()) is not None:
                 try:
                     connection.send(answer(copies, indices, *request))
@@ -436,5 +447,7 @@ def close(local: list[Copy], connections: list, processes: list) -> None:
             connection.send(("close", None))
             connection.send(None)
     for process in processes:
-        process.join(2)
-        process.kill()
+        if process.pid is not None:
+            process.join(2)
+            process.kill()
+            process.join()

@@ -100,7 +100,7 @@ def replace_actions(
 def observation_moments(step_env: Callable, env, generators: list[torch.Generator], period: int = 1) -> Tensor:
     """[S, N, 2, O] mean and standard deviation of each entry of the observations in an episode of random actions, of
     which all but every `period`-th are 0. An entry that does not vary has 0. Action masks, which are seen as they are,
-    have 0 and 1."""
+    have 0 and 1; in wrapped environments an entry that did not vary, but may once agents can do more, has 1."""
     S = len(generators)
     state, obs = env.reset(generators)
     seen, live = [], []
@@ -112,7 +112,10 @@ def observation_moments(step_env: Callable, env, generators: list[torch.Generato
             live.append(by_agent(info["live"].unsqueeze(2), S).double())
     std, mean = std_mean(torch.cat(seen, 2).double(), 2, torch.cat(live, 2) if live else None)
     std = torch.where(std > 1e-6 * mean.abs(), std, 0)  # only rounding varies elsewhere
+    is_wrapped = hasattr(env, "masked")
+    if is_wrapped:
+        std = torch.where((std == 0) & env.obs_mask[:, None], 1, std)
     moments = torch.cat([mean, std], 2)
-    if getattr(env, "masked", False):
+    if is_wrapped and env.masked:
         moments[..., -env.action_mask.shape[1] :] = torch.tensor([[0.0], [1.0]], device=obs.device)
     return moments

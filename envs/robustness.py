@@ -181,6 +181,8 @@ def loader(kind: type, make_env: Callable, make_nets: Callable, trained_policy: 
     def load_policy(path: str, seed_index: int = 0) -> Callable:
         """The policies of a run, of one of the seeds in it, for a loop of PettingZoo's, see `player`."""
         args, checkpoint = runs.saved(kind, path)
+        if not 0 <= seed_index < args.num_seeds:
+            raise ValueError(f"seed_index must be below the run's {args.num_seeds} seeds, got {seed_index}")
         args.num_workers = 1  # of PettingZoo's environments, whose spaces are read
         env = make_env(args, args.num_seeds, torch.device("cpu"))
         nets, _ = make_nets(env, args)

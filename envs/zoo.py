@@ -8,6 +8,7 @@
 Axes: B environments, N agents, O observation entries, A action entries.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -193,7 +194,8 @@ class ZooEnv:
         for name in self.team:
             if not any(agent.startswith(name) for agent in self.agents):
                 raise ValueError(f"cooperators must be some of {', '.join(self.agents)}, got {name}")
-        team = [not self.team or agent.startswith(tuple(self.team)) for agent in self.agents]
+        prefixes = tuple(name for name in self.team if name not in self.agents)
+        team = [not self.team or agent in self.team or agent.startswith(prefixes) for agent in self.agents]
         self.cooperators = torch.tensor(team, device=self.device)
         self.discrete, self.masked = copies.is_discrete, copies.is_masked
         self.obs_sizes, self.action_sizes = copies.obs_sizes, copies.action_sizes
@@ -266,7 +268,10 @@ class ZooEnv:
     def encode(self, observations: dict, infos: dict) -> Tensor:
         """[N, O] what PettingZoo's dictionaries say of one environment."""
         out = np.zeros(self.copies.arrays.obs.shape[1:], dtype=np.float32)
-        encode(self.copies.agents, observations, infos, self.copies.obs_range, out)
+        if self.masked and not infos and not any(agent.is_masked for agent in self.copies.agents):
+            raise ValueError("infos must be given: they have the action masks")
+        everyone = [True] * self.num_agents  # who has ended may have no mask
+        encode(self.copies.agents, observations, infos, self.copies.obs_range, out, everyone)
         return torch.as_tensor(out, dtype=self.dtype, device=self.device)
 
     def decode(self, action: np.ndarray, agents: Iterable[str]) -> dict:
@@ -353,22 +358,29 @@ def make(
     cooperators: Sequence[str] = (),
     num_workers: int = 1,
     render_mode: str | None = "rgb_array",
+    keywords: dict | None = None,
     **options,
 ) -> ZooEnv:
-    """`zoo:package.module` or `zoo:namespace/Name-v0`, built with `options`. It is asked for this kind of actions and
-    for pictures where it knows the usual keywords; where it does not, `env.discrete` says which kind of actions it
-    has."""
+    """`zoo:package.module` or `zoo:namespace/Name-v0`, built with `options` and with `keywords`, whose names may be
+    those of this function's own. It is asked for this kind of actions and for pictures where it knows the usual
+    keywords; where it does not, `env.discrete` says which kind of actions it has."""
+    options |= keywords or {}
     wishes = {"continuous_actions": continuous_actions, "render_mode": render_mode}
     with blamed(f"env_id {env_id}"):
         build = find_constructor(env_id.removeprefix("zoo:"))
         for keys in (("continuous_actions", "render_mode"), ("continuous_actions",), ("render_mode",), ()):
-            constructor = functools.partial(build, **{key: wishes[key] for key in keys}, **options)
+            constructor = functools.partial(build, **{key: wishes[key] for key in keys} | options)
             try:
-                constructor().close()
+                probe = constructor()
                 break
-            except Exception:  # of a keyword, or of a screen that is not there
+            except TypeError:  # of a keyword that it does not know
                 if not keys:
                     raise
+            except Exception:  # of a screen that is not there
+                if "render_mode" not in keys or render_mode is None:
+                    raise
+        with contextlib.suppress(Exception):
+            probe.close()
     env = from_parallel_env(constructor, num_envs, device, dtype, horizon, cooperators, env_id, num_workers)
     if num_agents not in (None, env.num_agents):
         raise ValueError(

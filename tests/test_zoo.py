@@ -420,6 +420,59 @@ def test_action_masks_travel_with_observations(trait):
     assert moments[..., 0, -3:].eq(0).all() and moments[..., 1, -3:].eq(1).all()
 
 
+class Unmasked(Masked):
+    """b has no mask in step 2."""
+
+    def infos(self):
+        infos = super().infos()
+        return infos | {"b": {}} if self.t == 2 and "b" in infos else infos
+
+
+class Wide(MaskedDict):
+    """The mask beside two other entries."""
+
+    space = spaces.Dict(
+        {"own": spaces.Box(0, 1, (2,)), "step": spaces.Discrete(7), "action_mask": spaces.MultiBinary(3)}
+    )
+
+    def observe(self):
+        mask = Masked.infos(self)["a"]["action_mask"] if self.agents else None
+        return {agent: {"own": np.ones(2), "step": self.t, "action_mask": mask} for agent in self.agents}
+
+
+def test_a_mask_is_never_taken_for_granted():
+    with pytest.raises(zoo.EnvironmentFault, match="observation of b.*no action mask"):
+        play(zoo.from_parallel_env(Unmasked, 1), 3)
+    env = zoo.from_parallel_env(Wide, 1)
+    assert env.masked and env.obs_sizes == (9, 9) and play(env, 1)[1][0][0, 0, :9].tolist() == [1, 1, 0, 1] + 5 * [0]
+    env = zoo.from_parallel_env(Masked, 1)
+    observations, infos = Masked().reset(seed=0)
+    with pytest.raises(ValueError, match="infos must be given"):
+        env.encode(observations, {})
+    assert env.encode(observations, infos)[:, -3:].sum() == 4
+
+
+def test_an_agent_that_is_cut_unseen_teaches_nothing_in_that_step():
+    class Unseen(Short):
+        def step(self, actions):
+            obs, *result = super().step(actions)
+            return ({} if not self.agents else obs), *result
+
+    rows = play(zoo.from_parallel_env(Unseen, 1), 5)[1:]
+    last = int(sum(row[1][0, 0] for row in rows)) - 1
+    assert [row[4][0, 0].item() for row in rows[: last + 1]] == [1] * last + [0]
+
+
+def test_a_window_that_cannot_be_closed_is_no_fault():
+    class Open(Trait):
+        def close(self):
+            raise AttributeError("no viewer")
+
+    sys.modules["open_window"] = types.ModuleType("open_window")
+    sys.modules["open_window"].parallel_env = lambda num_agents=2: Open()
+    assert envs.make("zoo:open_window", 2, num_workers=2, keywords={"num_agents": 2}).num_envs == 2
+
+
 def test_integer_boxes_round():
     class Whole(Trait):
         actions = spaces.Box(0, 5, (1,), np.int64)
@@ -456,6 +509,7 @@ class Wrong(Trait):
 WRONG_OBSERVATIONS = {
     "nan": np.array([0, np.nan], np.float32),
     "infinite": np.array([np.inf, 0], np.float32),
+    "huge": np.array([1e39, 0]),
     "outside": np.array([0, 7], np.float32),
     "shape": np.zeros(3, np.float32),
     "object": "x",
@@ -470,6 +524,8 @@ def test_what_an_environment_does_wrong_is_named(kind, num_workers):
         pass
 
     This.kind = kind
+    if kind in ("infinite", "huge"):
+        This.space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
     env = zoo.from_parallel_env(This, 2, num_workers=num_workers, env_id="zoo:this")
     with pytest.raises(zoo.EnvironmentFault, match=r"zoo:this, step 1.*(of b|no such door|'x'|door)") as caught:
         play(env, 3)
@@ -510,6 +566,8 @@ def test_spaces_that_cannot_be_flattened_are_refused():
 def test_a_team_is_named_by_first_letters():
     env = envs.make("zoo:mpe2.simple_tag_v3", 1, cooperators=("adversary",))
     assert env.cooperators.tolist() == [True] * 3 + [False]
+    env = envs.make("zoo:mpe2.simple_spread_v3", 1, cooperators=("agent_1",), N=11)
+    assert env.cooperators.nonzero().flatten().tolist() == [1]  # not agent_10
 
 
 # ---------------------------------------------------------------- how an environment is found
@@ -565,8 +623,14 @@ def test_the_command_line_reaches_the_environment():
         env_id="zoo:x", env_kwargs=("N=4", '{"a": [1], "b": "c"}', "name=x"), horizon=7, cooperators=("a",)
     )
     args.num_workers, args.capture_video = 1, False
-    expected = {"N": 4, "a": [1], "b": "c", "name": "x", "horizon": 7, "cooperators": ("a",)}
-    assert envs.task_options(args) == expected | {"num_workers": 1, "render_mode": None}
+    keywords = {"N": 4, "a": [1], "b": "c", "name": "x"}
+    expected = {"keywords": keywords, "horizon": 7, "cooperators": ("a",), "num_workers": 1, "render_mode": None}
+    assert envs.task_options(args) == expected
+    args.env_id = "simple_spread_v3"
+    for wrong, message in (("horizon=3", "there is a flag for it"), ("damping=[1]", "must be a number or a name")):
+        args.env_kwargs = (wrong,)
+        with pytest.raises(ValueError, match=message):
+            envs.task_options(args)
     for wrong in ("N", "{a", "=3"):
         args.env_kwargs = (wrong,)
         with pytest.raises(ValueError, match="--env-kwargs must be JSON or name=value"):
