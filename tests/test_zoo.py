@@ -637,6 +637,33 @@ def test_the_command_line_reaches_the_environment():
             envs.task_options(args)
 
 
+OTHERS = {  # what requirements-zoo.txt installs: package, whether agents may end before the episode does
+    "sisl/multiwalker-v9": ("Box2D", False),
+    "sisl/pursuit-v5": ("pygame", False),
+    "butterfly/knights_archers_zombies-v11": ("pygame", True),
+    "butterfly/pistonball-v6": ("pymunk", False),
+    "magent2.environments.battle_v4": ("magent2", True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_peoples_environments(name, monkeypatch):
+    package, are_mortal = OTHERS[name]
+    pytest.importorskip(package)
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    env = envs.make(f"zoo:{name}", 2, num_workers=2, render_mode=None).for_training(60)
+    state, obs = env.reset(generators(1))
+    for _ in range(60):
+        action = perturb.random_actions(env, generators(2), obs)
+        state, obs, reward, terminated, truncated, info = env.step(state, action, None)
+        live = info["live"].bool()
+        assert obs.isfinite().all() and reward.isfinite().all() and not reward[~live].any()
+        assert are_mortal or (live.all(1) | ~live.any(1)).all()
+    assert truncated.all() and env.episodic_returns().isfinite().all()
+    env.copies.close()
+
+
 # ---------------------------------------------------------------- ours -> PettingZoo
 
 
