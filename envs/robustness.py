@@ -79,7 +79,7 @@ def worst_actions(env: Env, policy: Policy, obs: Tensor, action: Tensor) -> Tens
         slope = torch.func.grad(lambda a: policy.team_value(obs, a).sum())(action)
         return torch.where(slope > 0, env.action_low, env.action_high) * env.action_mask[:, None]
     choices = torch.eye(action.shape[-1], dtype=action.dtype, device=action.device)
-    legal = legal_actions(obs, env).expand(action.shape)
+    is_masked = getattr(env, "masked", False)
     worst = torch.zeros_like(action)
     for agent, count in enumerate(env.action_sizes):
         values = []
@@ -87,7 +87,10 @@ def worst_actions(env: Env, policy: Policy, obs: Tensor, action: Tensor) -> Tens
             changed = action.clone()
             changed[:, agent] = choice
             values.append(policy.team_value(obs, changed))
-        values = torch.stack(values, -1).masked_fill(~legal[:, agent, :, :count], math.inf)
+        values = torch.stack(values, -1)
+        if is_masked:
+            legal = legal_actions(obs, env)[:, agent, :, :count]
+            values = values.masked_fill(~legal, math.inf)
         worst[:, agent] = choices[values.argmin(-1)]
     return worst
 
