@@ -83,6 +83,7 @@ def flags(script) -> list[str]:
     return [*SCRIPTS[script.__name__.split(".")[-1]], *SMALL, "--wandb-mode=disabled"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, indirect=True)
 def test_masked_agents_that_die_are_trained_and_reported(script, monkeypatch, tmp_path, capsys):
     """No illegal action is ever played: not in training, nor in tests, nor under any attack."""
@@ -107,6 +108,7 @@ def test_masked_agents_that_die_are_trained_and_reported(script, monkeypatch, tm
     assert env.t == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, indirect=True)
 def test_without_a_report(script, monkeypatch, tmp_path):
     options = [*flags(script), "--env-id=zoo:traits.steady", f"--runs-dir={tmp_path}", "--eval-episodes=0"]
