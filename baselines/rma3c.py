@@ -573,8 +573,8 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
                 step_size = (1 - progress) * args.learning_rate + progress * args.learning_rate_end
                 optimizers[name].param_groups[0]["lr"] = step_size
             episodes = rollout(step_env, env, nets, std, streams["rollout"], args)
-            mean_return = envs.episodic_return(episodes["rewards"].sum(2), env)
-            window["charts/episodic_return"].append(mean_return)
+            returns = episodes["rewards"].sum(2)  # [S, B, N]
+            window["charts/episodic_return"].append(envs.episodic_return(returns, env))
             replay = replay or make_replay(episodes, slots * args.num_envs)
             slot = iteration % slots * args.num_envs
             for name, values in episodes.items():

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import pydantic.dataclasses
 import torch
 import tyro
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -45,7 +44,7 @@ Attacks = Annotated[tuple[Literal["gaussian", "mad", "learned"], ...], Field(min
 Radii = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
 
 
-@pydantic.dataclasses.dataclass(config={"allow_inf_nan": False})
+@runs.arguments
 class Args:
     run_dir: Annotated[Path, tyro.conf.Positional]  # folder of a run
     attack: Attacks = ("gaussian", "mad", "learned")  # noise of this mean length, worst observations, adversaries

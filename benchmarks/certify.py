@@ -41,7 +41,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import pydantic.dataclasses
 import torch
 import tyro
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -59,7 +58,7 @@ SLOPES = {"relu": 1.0, "tanh": 1.0, "silu": 1.1}  # of the activations, at most
 REWARDS = {"simple_crypto_v3": 4.0}  # width of the interval of a team's rewards, where messages are one-hot
 
 
-@pydantic.dataclasses.dataclass(config={"allow_inf_nan": False})
+@runs.arguments
 class Args:
     run_dirs: tyro.conf.Positional[Annotated[tuple[Path, ...], Field(min_length=1)]]  # folders of runs
     radii: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.001, 0.01, 0.1)

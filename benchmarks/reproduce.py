@@ -40,7 +40,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import pydantic.dataclasses
 import torch
 import tyro
 from matplotlib.figure import Figure
@@ -434,7 +433,7 @@ FIGURES = {
 TABLES = {"ernie-2": ("coma",), "ernie-3": ("qcombo", "coma"), "ernie-4": ("qcombo", "coma")}
 
 
-@pydantic.dataclasses.dataclass(config={"allow_inf_nan": False})
+@runs.arguments
 class Args:
     figure: tuple[Literal[tuple(FIGURES)], ...] = ()
     """figures of the papers (ERNIE's Figures 1 to 7 and 9, ERMAS's 3 to 6)"""

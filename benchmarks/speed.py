@@ -201,7 +201,7 @@ OURS = {"eager": partial(ours, compile=False), "compiled": partial(ours, compile
 PEERS = {"mpe2": mpe2, "vmas": vmas, "jaxmarl": jaxmarl}
 
 
-@pydantic.dataclasses.dataclass(config={"allow_inf_nan": False})
+@runs.arguments
 class Timing:
     device: str = "cpu"
     """cpu: everything per CPU-second; cuda: per second"""

@@ -21,9 +21,6 @@ from envs import runs
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
-OWN_FLAGS = {"env_id", "num_envs", "device", "dtype", "num_agents", "continuous_actions", "horizon", "cooperators"}
-
-
 class Env(Protocol):
     """What a script may rely on. Axes: B environments, N agents, O observation entries, A action entries; agents with
     fewer entries are padded with zeros."""
@@ -79,6 +76,9 @@ def as_json(text: str):
         return text
 
 
+OWN_FLAGS = {"env_id", "num_envs", "device", "dtype", "num_agents", "continuous_actions", "horizon", "cooperators"}
+
+
 def task_options(args) -> dict:
     """Fields for `make` from the command line: --env-kwargs, JSON or name=value, --horizon, --cooperators and, of
     wrapped environments, how many processes they use and whether they must be drawn. Raise ValueError for what is
@@ -95,12 +95,11 @@ def task_options(args) -> dict:
                 options[name] = as_json(value)
         except ValueError as error:
             raise ValueError(f"--env-kwargs must be JSON or name=value, got {text}: {error}") from None
-    taken = OWN_FLAGS & options.keys()
     if args.env_id.startswith("zoo:"):
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         options = {"keywords": options, "num_workers": args.num_workers or max(1, cores)}
         options["render_mode"] = "rgb_array" if args.capture_video else None
-    elif taken:
+    elif taken := OWN_FLAGS & options.keys():
         raise ValueError(f"--env-kwargs must not have {', '.join(sorted(taken))}: there is a flag for it")
     elif wrong := [name for name, value in options.items() if isinstance(value, list | dict)]:
         raise ValueError(f"--env-kwargs {wrong[0]} must be a number or a name, got {options[wrong[0]]}")

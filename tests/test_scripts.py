@@ -20,7 +20,7 @@ BUDGET = {  # tokens
     "rma3c": 6_500,
 }
 ENVS = ("particle", "economy", "traffic", "drones", "bimatrix")  # the simulators, of at most 14 tokens a line
-PLUMBING = ("unroll", "MLP", "init_mlp", "orthogonal_mlp")  # the same text everywhere
+PLUMBING = ("unroll", "own_first", "MLP", "init_mlp", "orthogonal_mlp")  # the same text everywhere
 TRUST_REGION = ("conjugate_gradient", "mean_kl", "fisher_product", "trust_region_step")  # these too
 SCRIPTS = [path for path in [*ROOT.glob("er*_*.py"), *ROOT.glob("baselines/*.py")] if path.stem in BUDGET]
 

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from gymnasium import spaces
 from test_zoo import Masked, Short, Trait
 
 import envs
+import ernie_coma
+import ernie_mappo
 from envs import runs
 
 SCRIPTS = {
@@ -66,15 +69,10 @@ class Steady(Short):
 
 @pytest.fixture
 def script(request, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path, "tests"])
-    module = type(sys)("traits")
-    module.fighters, module.nan, module.steady = (
-        type(sys)(name) for name in ("traits.fighters", "traits.nan", "traits.steady")
-    )
-    for part, kind in ((module.fighters, Fighters), (module.nan, Nan), (module.steady, Steady)):
-        part.parallel_env = kind
-        monkeypatch.setitem(sys.modules, part.__name__, part)
-    monkeypatch.setitem(sys.modules, "traits", module)
+    for name, kind in {"fighters": Fighters, "nan": Nan, "steady": Steady}.items():
+        module = types.ModuleType(f"traits_{name}")
+        module.parallel_env = kind
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     name = request.param
     return importlib.import_module(f"baselines.{name}" if name == "rma3c" else name)
 
@@ -88,7 +86,7 @@ def flags(script) -> list[str]:
 def test_masked_agents_that_die_are_trained_and_reported(script, monkeypatch, tmp_path, capsys):
     """No illegal action is ever played: not in training, nor in tests, nor under any attack."""
     Fighters.legal = True
-    options = [*flags(script), "--env-id=zoo:traits.fighters", f"--runs-dir={tmp_path}", "--cooperators", "a", "c"]
+    options = [*flags(script), "--env-id=zoo:traits_fighters", f"--runs-dir={tmp_path}", "--cooperators", "a", "c"]
     assert call(script, monkeypatch, *options, "--eval-episodes=2", "--capture-video") == 0
     assert Fighters.legal
     (folder,) = tmp_path.iterdir()
@@ -111,7 +109,7 @@ def test_masked_agents_that_die_are_trained_and_reported(script, monkeypatch, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, indirect=True)
 def test_without_a_report(script, monkeypatch, tmp_path):
-    options = [*flags(script), "--env-id=zoo:traits.steady", f"--runs-dir={tmp_path}", "--eval-episodes=0"]
+    options = [*flags(script), "--env-id=zoo:traits_steady", f"--runs-dir={tmp_path}", "--eval-episodes=0"]
     assert call(script, monkeypatch, *options) == 0
     (folder,) = tmp_path.iterdir()
     assert (folder / "policy.pt").exists() and not (folder / "robustness.csv").exists()
@@ -121,7 +119,7 @@ def test_without_a_report(script, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS, indirect=True)
 def test_a_simulators_fault_is_one_line(script, monkeypatch, tmp_path, capsys):
-    options = [*flags(script), "--env-id=zoo:traits.nan", f"--runs-dir={tmp_path}"]
+    options = [*flags(script), "--env-id=zoo:traits_nan", f"--runs-dir={tmp_path}"]
     assert call(script, monkeypatch, *options) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "observation of b" in error and "nan" in error and "step 3" in error
@@ -146,7 +144,7 @@ def fighters_batch(script, args):
 def test_the_dead_contribute_nothing(script):
     """Whatever stands in their rows, losses and gradients are the same."""
     options = {"num_minibatches": 1, "update_epochs": 1} if script.__name__ == "ernie_mappo" else {"batch_size": 200}
-    args = script.Args(env_id="zoo:traits.fighters", continuous_actions=False, num_envs=4, num_workers=1, **options)
+    args = script.Args(env_id="zoo:traits_fighters", continuous_actions=False, num_envs=4, num_workers=1, **options)
     env, nets, batch = fighters_batch(script, args)
     dead = batch["live"] == 0
     assert 0.2 < dead.float().mean() < 0.6 and dead[:, 2].sum() > dead[:, 0].sum() > 0
@@ -163,7 +161,7 @@ def test_the_dead_contribute_nothing(script):
 
 @pytest.mark.parametrize("script", ["ernie_mappo"], indirect=True)
 def test_advantages_and_moments_are_of_the_living(script):
-    args = script.Args(env_id="zoo:traits.fighters", continuous_actions=False, num_envs=4, num_workers=1)
+    args = script.Args(env_id="zoo:traits_fighters", continuous_actions=False, num_envs=4, num_workers=1)
     env = script.make_env(args, 4, torch.device("cpu"))
     nets, _ = script.make_nets(env, args)
     nets["normalizer"].flat[:, :, 1] = 1
@@ -178,27 +176,23 @@ def test_advantages_and_moments_are_of_the_living(script):
     assert mean[0, 2] == pytest.approx(1 + args.gamma / 2, rel=0.2)  # c gets 1 + gamma, then 1, and dies
 
 
-def test_generalised_advantages_stop_where_an_episode_does():
-    """Two steps that are cut, a reset, one step that terminates: by hand."""
-    from ernie_mappo import Args, gae
+def four_steps():
+    """Rewards, values, terminated and live of two steps that are cut, a reset, and a step that terminates."""
+    rows = ([1.0, 2.0, 0.0, 4.0], [10.0, 20.0, 30.0, 40.0, 50.0], [0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0])
+    return [torch.tensor(row).view(1, 1, 1, -1) for row in rows]
 
-    rewards = torch.tensor([1.0, 2.0, 0.0, 4.0]).view(1, 1, 1, 4)
-    values = torch.tensor([10.0, 20.0, 30.0, 40.0, 50.0]).view(1, 1, 1, 5)
-    live = torch.tensor([1.0, 1.0, 0.0, 1.0]).view(1, 1, 1, 4)
-    terminated = torch.tensor([0.0, 0.0, 0.0, 1.0]).view(1, 1, 1, 4)
-    found = gae(rewards, values, terminated, Args(gamma=0.5, gae_lambda=0.5), live)[0, 0, 0]
+
+def test_generalised_advantages_stop_where_an_episode_does():
+    """By hand."""
+    *steps, live = four_steps()
+    found = ernie_mappo.gae(*steps, ernie_mappo.Args(gamma=0.5, gae_lambda=0.5), live)[0, 0, 0]
     last = 2 + 0.5 * 30 - 20
     assert found.tolist() == [1 + 0.5 * 20 - 10 + 0.25 * last, last, 0, 4 - 40]
 
 
 def test_td_lambda_targets_stop_where_an_episode_does():
-    from ernie_coma import Args, td_lambda_targets
-
-    rewards = torch.tensor([1.0, 2.0, 0.0, 4.0]).view(1, 1, 1, 4)
-    values = torch.tensor([10.0, 20.0, 30.0, 40.0, 50.0]).view(1, 1, 1, 5)
-    live = torch.tensor([1.0, 1.0, 0.0, 1.0]).view(1, 1, 1, 4)
-    terminated = torch.tensor([0.0, 0.0, 0.0, 1.0]).view(1, 1, 1, 4)
-    found = td_lambda_targets(rewards, values, terminated, Args(gamma=0.5, td_lambda=0.5), live)[0, 0, 0]
+    *steps, live = four_steps()
+    found = ernie_coma.td_lambda_targets(*steps, ernie_coma.Args(gamma=0.5, td_lambda=0.5), live)[0, 0, 0]
     cut = 2 + 0.5 * 30
     assert found.tolist() == [1 + 0.5 * (0.5 * 20 + 0.5 * cut), cut, 30, 4]
 
@@ -207,7 +201,7 @@ def test_td_lambda_targets_stop_where_an_episode_does():
 @pytest.mark.parametrize("script", ["ernie_maddpg", "ernie_mappo"], indirect=True)
 def test_a_cut_episode_is_worth_what_follows(script, monkeypatch, tmp_path):
     """Reward 1 in every step and gamma 0.8: 5, though episodes are cut after 3 to 5 steps."""
-    options = [*flags(script), "--env-id=zoo:traits.steady", "--gamma=0.8", "--regularizer=none", "--eval-episodes=0"]
+    options = [*flags(script), "--env-id=zoo:traits_steady", "--gamma=0.8", "--regularizer=none", "--eval-episodes=0"]
     options += ["--total-timesteps=8000", "--learning-rate=0.01", "--log-interval=8000", f"--runs-dir={tmp_path}"]
     options += ["--tau=0.1", "--num-envs=20"] if script.__name__ == "ernie_maddpg" else ["--update-epochs=8"]
     assert call(script, monkeypatch, *options) == 0
