@@ -12,7 +12,7 @@ projected gradient ascent through which the gradient of the policy flows (Eq. 6,
     python ernie_coma.py --env-id simple_spread_v3 --epsilon 0.1  # a particle task with discrete actions
 
 Usage, metrics and results: docs/ernie_coma.md.
-Differences to the paper (docs/paper_to_code.md): 1 l2 ball in standard deviations, 2 KL of the policies, 5 on
+Differences to the paper (docs/paper_to_code.md): 1 l2 ball in raw units, 2 KL of the policies, 5 on
 the on-policy batch, 7 projection after every step, 8 random start, 36 mean instead of sum, 39 Gaussian noise of mean
 length epsilon, 41 mean reward.
 
@@ -74,6 +74,7 @@ class Experiment:
     environments, else 1,000"""
     eval_warmup: NonNegativeInt = 1000  # traffic: seconds of random switching before an evaluation (paper: 1,000)
     eval_seconds: PositiveInt = 1000  # traffic: seconds of an evaluation (paper: 4,000)
+    eval_norm: Literal["l2", "linf"] = "l2"  # norm of the ball of the report's worst-case observations
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account; `wandb sync` later
     wandb_project_name: str = "robust-marl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
@@ -97,16 +98,16 @@ class COMA:
     num_envs: PositiveInt = 32  # B, environments of one seed that step together (paper: 1)
     horizon: PositiveInt | None = None
     """steps of an episode; default: 2,000 s of traffic (paper: 3,000), else the task's own"""
-    warmup: NonNegativeInt = 1000
+    warmup: NonNegativeInt = 300
     """traffic: of these, seconds of random switching at the start, not learnt from (paper's code: 1,000)"""
     rollout_steps: PositiveInt | None = None
     """T, steps between updates, a divisor of the episode that is learnt from (paper's code: 50); default: 5, of
     PettingZoo's environments the whole episode, which a checkpoint cannot cut"""
     critic_updates: PositiveInt = 4  # gradient steps of the critic on each rollout; the policy takes one
-    learning_rate: PositiveFloat = 1e-3  # Adam step size of the policies (paper's code: 5e-5)
-    critic_learning_rate: PositiveFloat = 1e-3  # Adam step size of the critic (paper's code: 5e-4)
+    learning_rate: PositiveFloat = 3e-4  # Adam step size of the policies (paper's code: 5e-5)
+    critic_learning_rate: PositiveFloat = 3e-4  # Adam step size of the critic (paper's code: 5e-4)
     anneal_lr: bool = True  # let both step sizes fall linearly to 0
-    gamma: Share = 0.99  # discount factor of a step (paper's code: 0.95)
+    gamma: Share = 0.995  # discount factor of a step (paper's code: 0.95)
     td_lambda: Share = 0.8  # lambda of the critic's TD(lambda) targets
     tau: Share = 0.1  # share by which the target critic moves at each of its updates
     hidden_size: PositiveInt = 128  # width of the two hidden layers (paper: 256; its code: 64 in the policies)
@@ -121,7 +122,7 @@ class COMA:
     entropy_coef_end: NonNegativeFloat = 0.0  # the same at the end, linear in between
     normalize_advantage: bool = True  # divide the advantages of a rollout and seed by their standard deviation
     reward_scale: PositiveFloat = 0.01  # factor on the rewards that are learnt from
-    team_reward: Literal["own", "mean", "sum"] = "own"  # an agent learns from its own reward or from its team's
+    team_reward: Literal["own", "mean", "sum"] = "mean"  # an agent learns from its own reward or from its team's
     max_grad_norm: PositiveFloat = 10.0  # the gradient of each network of each seed is clipped to this norm
 
 
@@ -130,7 +131,7 @@ class ERNIE:
     regularizer: Literal["none", "gaussian", "random", "adversarial", "stackelberg"] = "stackelberg"
     """none: COMA; gaussian: appendix H; random: a direction of length epsilon; adversarial: Eq. 4; stackelberg: 6"""
     epsilon: NonNegativeFloat = 0.1  # radius of the perturbation ball
-    epsilon_units: Literal["raw", "std"] = "std"  # of the observation, or its standard deviation under random play
+    epsilon_units: Literal["raw", "std"] = "raw"  # of the observation, or its standard deviation under random play
     norm: Literal["l2", "linf"] = "l2"  # norm of the ball
     attack_steps: NonNegativeInt = 3  # K, ascent steps; 0 is the baseline
     attack_lr: PositiveFloat | None = None  # eta, length of an ascent step / epsilon; default: 1 if K = 1, else 2.5 / K
@@ -366,7 +367,7 @@ def regularizer(nets: Nets, obs: Tensor, clean: Tensor, noise: Tensor, env: Env,
         delta = perturb.rescale(noise, args.epsilon, args.norm)
     else:
         start = perturb.rescale(noise, 0.5 * args.epsilon, args.norm)  # at 0 the divergence has no gradient
-        size = args.attack_lr * args.epsilon
+        size = args.attack_lr * perturb.reach(args.epsilon, live, args.norm)
         ball = partial(perturb.project, epsilon=args.epsilon, norm=args.norm)
         is_stackelberg = args.regularizer == "stackelberg"
         delta = unroll(change, start, args.attack_steps, size, ball, is_stackelberg)
@@ -577,6 +578,7 @@ def draw_noise(generators: Generators, env: Env, args: Args) -> Batch:
 SWEEP = {  # perturbation of a particle task: strengths; those of lights are robustness.LIGHTS
     "gaussian": (0.1, 0.2, 0.5, 1.0),  # observation noise, standard deviation
     "mad": (0.1, 0.3, 1.0),  # radius in standard deviations; the observations that change the policy most
+    "executed": (0.1, 0.3, 1.0),  # the same; the observations that change the action that is played most
     "critic": (0.1, 0.3, 1.0),  # the same; the observations whose action the critic likes least
     "random_action": (0.05, 0.2, 0.5),  # probability that one cooperating agent acts at random in a step
     "worst_action": (0.05, 0.2, 0.5),  # the same, with the action that the critic likes least
@@ -621,10 +623,10 @@ def trained_policy(nets: Nets, env: Env, args: Args) -> robustness.Policy:
     return robustness.Policy(
         output=output,
         to_action=to_action,
-        divergence=partial(divergence, args.divergence),
+        divergence=partial(divergence, "kl"),
         attacks={"critic": dislike},
         team_value=team_value,
-        norm=args.norm,
+        norm=args.eval_norm,
         unit=normalizer.flat[:, :, 1:],
         ascent_steps=5,
     )

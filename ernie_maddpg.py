@@ -68,6 +68,7 @@ class Experiment:
     eval_episodes: NonNegativeInt | None = None
     """episodes of one seed at each point of the robustness report, 0: none; default: 10 of PettingZoo's environments,
     else 1,000"""
+    eval_norm: Literal["l2", "linf"] = "l2"  # norm of the ball of the report's worst-case observations
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account; `wandb sync` later
     wandb_project_name: str = "robust-marl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
@@ -334,7 +335,7 @@ def regularizer(actor: MLP, obs: Tensor, clean: Tensor, noise: Tensor, env: Env,
         delta = perturb.rescale(noise, args.epsilon, args.norm)
     else:
         start = perturb.rescale(noise, 0.5 * args.epsilon, args.norm)  # at 0 the divergence has no gradient
-        size = args.attack_lr * args.epsilon
+        size = args.attack_lr * perturb.reach(args.epsilon, live, args.norm)
         ball = partial(perturb.project, epsilon=args.epsilon, norm=args.norm)
         is_stackelberg = args.regularizer == "stackelberg"
         delta = unroll(change, start, args.attack_steps, size, ball, is_stackelberg)
@@ -590,17 +591,21 @@ def draw_noise(generators: Generators, env: Env, args: Args) -> Batch:
 # --------------------------------------------------------------------------------------------------------------------
 # Robustness evaluation, by envs/robustness.py
 
+RADII = (0.1, 0.2, 0.5, 1.0)
+CHANCES = (0.03, 0.05, 0.2, 0.5)
+FACTORS = (0.25, 0.5, 2.0, 4.0)
 SWEEP = {  # perturbation: strengths
-    "gaussian": (0.1, 0.2, 0.5, 1.0),  # observation noise, standard deviation (paper, Figures 3 and 9)
-    "uniform": (0.1, 0.2, 0.5, 1.0),  # observation noise, half-width
-    "mad": (0.1, 0.2, 0.5, 1.0),  # radius; the observations that change the policy most (maximal action difference)
-    "critic": (0.1, 0.2, 0.5, 1.0),  # radius; the observations whose action the agent's own critic likes least
-    "random_action": (0.03, 0.05, 0.2, 0.5),  # probability that one cooperating agent acts at random in a step
-    "worst_action": (0.03, 0.05, 0.2, 0.5),  # the same, with the action the team's critics like least (paper, 5.3)
-    "damping": (0.25, 0.5, 2.0, 4.0),  # factors on physical constants
-    "mass": (0.25, 0.5, 2.0, 4.0),
-    "max_speed_scale": (0.25, 0.5, 2.0, 4.0),
-    "contact_force": (0.25, 0.5, 2.0, 4.0),
+    "gaussian": RADII,  # observation noise, standard deviation (paper, Figures 3 and 9)
+    "uniform": RADII,  # observation noise, half-width
+    "mad": RADII,  # radius; the observations that change the policy most (maximal action difference)
+    "executed": RADII,  # the same; the observations that change the action that is played most
+    "critic": RADII,  # radius; the observations whose action the agent's own critic likes least
+    "random_action": CHANCES,  # probability that one cooperating agent acts at random in a step
+    "worst_action": CHANCES,  # the same, with the action the team's critics like least (paper, 5.3)
+    "damping": FACTORS,  # factors on physical constants
+    "mass": FACTORS,
+    "max_speed_scale": FACTORS,
+    "contact_force": FACTORS,
 }
 
 
@@ -626,10 +631,10 @@ def trained_policy(nets: Nets, env: Env, args: Args) -> robustness.Policy:
     return robustness.Policy(
         output=output,
         to_action=partial(squash, env=env),
-        divergence=partial(divergence, args.divergence),
+        divergence=partial(divergence, "kl" if env.discrete else "l2"),
         attacks={"critic": dislike},
         team_value=team_value,
-        norm=args.norm,
+        norm=args.eval_norm,
     )
 
 

@@ -67,6 +67,7 @@ class Experiment:
     eval_episodes: NonNegativeInt | None = None
     """episodes of one seed at each point of the robustness report, 0: none; default: 200 of drones, 10 of PettingZoo's
     environments, else 1,000"""
+    eval_norm: Literal["l2", "linf"] = "l2"  # norm of the ball of the report's worst-case observations
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account; `wandb sync` later
     wandb_project_name: str = "robust-marl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
@@ -410,7 +411,7 @@ def regularizer(nets: Nets, obs: Tensor, clean: Tensor, noise: Tensor, env: Env,
         delta = perturb.rescale(noise, args.epsilon, args.norm)
     else:
         start = perturb.rescale(noise, 0.5 * args.epsilon, args.norm)  # at 0 the divergence has no gradient
-        size = args.attack_lr * args.epsilon
+        size = args.attack_lr * perturb.reach(args.epsilon, live, args.norm)
         ball = partial(perturb.project, epsilon=args.epsilon, norm=args.norm)
         is_stackelberg = args.regularizer == "stackelberg"
         delta = unroll(change, start, args.attack_steps, size, ball, is_stackelberg)
@@ -627,6 +628,7 @@ SWEEP = {  # perturbation: strengths
     "gaussian": (0.1, 0.2, 0.5, 1.0),  # observation noise, standard deviation
     "uniform": (0.1, 0.2, 0.5, 1.0),  # observation noise, half-width
     "mad": (0.1, 0.2, 0.5, 1.0),  # radius; the observations that change the policy most (maximal action difference)
+    "executed": (0.1, 0.2, 0.5, 1.0),  # the same; the observations that change the action that is played most
     "random_action": (0.05, 0.2, 0.5),  # probability that one cooperating agent acts at random in a step
     "damping": (0.5, 2.0),  # factors on physical constants
     "mass": (0.5, 2.0),
@@ -637,6 +639,7 @@ DRONE_SWEEP = {
     "gaussian": (0.01, 0.03, 0.1, 0.3),  # observation noise, standard deviation (paper, Figure 6)
     "uniform": (0.01, 0.03, 0.1, 0.3),
     "mad": (0.01, 0.03, 0.1),
+    "executed": (0.01, 0.03, 0.1),  # the same; the observations that change the action that is played most
     "random_action": (0.05, 0.2, 0.5),
     "mass": (0.95, 1.05),  # factor
     "updraft": (-0.01, 0.01),  # N, constant force upwards; a drone weighs 0.265
@@ -652,8 +655,8 @@ def trained_policy(nets: Nets, env: Env, args: Args) -> robustness.Policy:
     return robustness.Policy(
         output=lambda obs: policy(nets["actor"], normalizer(obs), env, args),
         to_action=lambda output: squash(draw_action(output, 0.0, env), env),
-        divergence=partial(divergence, args.divergence),
-        norm=args.norm,
+        divergence=partial(divergence, "kl" if env.discrete else "kl_normal"),
+        norm=args.eval_norm,
         unit=normalizer.unit("std"),  # 1 where an entry matters
     )
 

@@ -76,6 +76,7 @@ class Experiment:
         15,
         30,
     )  # N of the report's other crowds
+    eval_norm: Literal["l2", "linf"] = "l2"  # norm of the ball of the report's worst-case observations
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account; `wandb sync` later
     wandb_project_name: str = "robust-marl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
@@ -111,10 +112,10 @@ class ERNIE:
     """none: mean-field MADDPG; gaussian: appendix H; random: a direction of length epsilon; adversarial: the worst d_s,
     a constant to the leader; stackelberg: Eq. 6"""
     regularize: Literal["critic", "actor", "both"] = "both"  # whose output must not change: Q (paper), actor's, both
-    transport: Literal["penalty", "budget"] = "penalty"
-    """penalty: the adversary pays lambda_W W (appendix B); budget: W is at most epsilon (section 5.4)"""
-    epsilon: NonNegativeFloat = 0.1  # mean distance that K steps of eta / K move agents; budget: the limit of W
-    transport_coef: NonNegativeFloat = 0.01  # lambda_W, what the adversary pays per unit of W
+    transport: Literal["budget", "penalty"] = "budget"
+    """budget: W is at most epsilon (section 5.4); penalty: the adversary pays for W (appendix B)"""
+    epsilon: NonNegativeFloat = 0.1  # the limit of W; penalty: the W at which lambda_W = 1 lets it end
+    transport_coef: NonNegativeFloat = 1.0  # lambda_W, in units of the price at which W ends near epsilon
     transport_steps: PositiveInt = 100  # iterations of IPOT; 500 where many plans are nearly as good (points on a line)
     transport_beta: PositiveFloat = 0.1  # proximal step of IPOT, in units of the mean cost
     attack_steps: NonNegativeInt = 3  # K, ascent steps; 0 is the baseline
@@ -375,22 +376,18 @@ def wasserstein(moved: Tensor, crowd: Tensor, args: Args) -> Tensor:
 
 
 def within_budget(delta: Tensor, crowd: Tensor, args: Args) -> Tensor:
-    """`delta` [..., 2 N] shortened until W(crowd + delta, crowd) <= epsilon, by bisection along its ray. W is at most
-    the mean length of the moves, so their share epsilon of it is allowed."""
+    """`delta` [..., 2 N] shortened until W(crowd + delta, crowd) <= epsilon. W is at most the mean length of the moves,
+    so their share epsilon of it is allowed; along a ray W mostly grows ever more slowly, as agents come to swap places,
+    so that this share of epsilon / W is allowed too, and again: close to epsilon after four times, never above it."""
     epsilon = args.epsilon
     move = delta.unflatten(-1, (-1, 2))
     with torch.no_grad():
         length = move.square().sum(-1).sqrt().mean(-1)
-        low = (epsilon / length.clamp_min(epsilon))[..., None, None]
-        high = torch.ones_like(low)
-        for _ in range(12):
-            middle = (low * high).sqrt()
-            distance = wasserstein(crowd + middle * move, crowd, args)
-            is_inside = distance[..., None, None] <= epsilon
-            low = torch.where(is_inside, middle, low)
-            high = torch.where(is_inside, high, middle)
-        distance = wasserstein(crowd + move, crowd, args)
-        most = torch.where(distance[..., None, None] <= epsilon, 1.0, low)
+        share = most = (epsilon / length.clamp_min(epsilon))[..., None, None]
+        for _ in range(4):
+            distance = wasserstein(crowd + share * move, crowd, args)[..., None, None]
+            most = torch.where(distance <= epsilon, share, most)
+            share = (share * epsilon / distance.clamp_min(1e-12)).clamp(max=1)
     # where the ray meets the budget its share is a function of delta: W(share delta) = epsilon
     cost = distances(crowd + most * move, crowd)
     plan = transport_plan(cost, args)
@@ -436,7 +433,8 @@ def regularizer(change: Callable, crowd: Tensor, noise: Tensor, args: Args) -> t
         gain = change(moved(delta))
         if args.transport == "budget":
             return gain
-        return gain - args.transport_coef * wasserstein(moved(delta), crowd, args)
+        price = 2 * args.transport_coef / args.epsilon  # gain is as W^2: at W = epsilon what a step gains it costs
+        return gain.clamp_min(1e-30).log() - price * wasserstein(moved(delta), crowd, args)
 
     def ball(delta: Tensor) -> Tensor:
         return within_budget(delta, crowd, args) if args.transport == "budget" else delta
@@ -444,7 +442,9 @@ def regularizer(change: Callable, crowd: Tensor, noise: Tensor, args: Args) -> t
     if args.regularizer == "gaussian":  # appendix H; a normal vector in the plane has a mean length of sqrt(pi / 2)
         delta = noise * args.epsilon / math.sqrt(math.pi / 2)
     elif args.regularizer == "random":
-        delta = perturb.rescale(noise, length, "l2")
+        move = noise.unflatten(-1, (N, 2))
+        distance = move.square().sum(-1).sqrt().mean(-1, keepdim=True)  # of an agent, on average
+        delta = noise * args.epsilon / distance
     else:
         start = perturb.rescale(noise, 0.5 * length, "l2")  # W has no gradient at 0
         is_stackelberg = args.regularizer == "stackelberg"
@@ -711,15 +711,18 @@ def draw_noise(generators: Generators, env: Env, args: Args) -> Batch:
 # --------------------------------------------------------------------------------------------------------------------
 # Robustness evaluation, by envs/robustness.py
 
+RADII = (0.1, 0.2, 0.5, 1.0)
+FACTORS = (0.25, 0.5, 2.0, 4.0)
 SWEEP = {  # perturbation: strengths; and "agents", other numbers of them
-    "gaussian": (0.1, 0.2, 0.5, 1.0),  # observation noise, standard deviation (paper, Figure 4)
-    "uniform": (0.1, 0.2, 0.5, 1.0),  # observation noise, half-width
-    "mad": (0.1, 0.2, 0.5, 1.0),  # radius; the observations that change the policy most (maximal action difference)
+    "gaussian": RADII,  # observation noise, standard deviation (paper, Figure 4)
+    "uniform": RADII,  # observation noise, half-width
+    "mad": RADII,  # radius; the observations that change the policy most (maximal action difference)
+    "executed": RADII,  # the same; the observations that change the action that is played most
     "random_action": (0.03, 0.05, 0.2, 0.5),  # probability that one agent acts at random in a step
-    "damping": (0.25, 0.5, 2.0, 4.0),  # factors on physical constants
-    "mass": (0.25, 0.5, 2.0, 4.0),
-    "max_speed_scale": (0.25, 0.5, 2.0, 4.0),
-    "contact_force": (0.25, 0.5, 2.0, 4.0),
+    "damping": FACTORS,  # factors on physical constants
+    "mass": FACTORS,
+    "max_speed_scale": FACTORS,
+    "contact_force": FACTORS,
 }
 
 
@@ -735,7 +738,7 @@ def trained_policy(nets: Nets, env: Env, args: Args) -> robustness.Policy:
     def divergence(output: Tensor, clean: Tensor) -> Tensor:
         return (output - clean).square().sum(-1)
 
-    return robustness.Policy(output, partial(squash, env=env), divergence)
+    return robustness.Policy(output, partial(squash, env=env), divergence, norm=args.eval_norm)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ global Q when `--malicious-agents` lights act otherwise.
     python ernie_qcombo.py --evaluate runs/RUN --backend sumo  # the same lights in SUMO
 
 Usage, metrics and results: docs/ernie_qcombo.md.
-Differences to the paper (docs/paper_to_code.md): 1 l2 ball in standard deviations, 2 squared l2 of Q-values, 7
+Differences to the paper (docs/paper_to_code.md): 1 l2 ball in raw units, 2 squared l2 of Q-values, 7
 projection after every step, 8 random start, 16-21 sequential greedy ERNIE-A in the loss of the global Q, 23 malicious
 actions by the run's own global Q, 34 target networks (--tau 1: none), 35 greedy actions of the next step, 36 mean
 instead of sum, 37 the individual Q-functions are regularised, 39 Gaussian noise of mean length epsilon, 41 mean reward.
@@ -72,6 +72,7 @@ class Experiment:
     eval_episodes: PositiveInt = 4  # episodes of one seed at each point of the robustness report
     eval_warmup: NonNegativeInt = 1000  # seconds of random switching before an evaluation (paper: 1,000)
     eval_seconds: PositiveInt = 1000  # seconds of an evaluation (paper: 4,000)
+    eval_norm: Literal["l2", "linf"] = "l2"  # norm of the ball of the report's worst-case observations
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account; `wandb sync` later
     wandb_project_name: str = "robust-marl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
@@ -118,11 +119,11 @@ class ERNIE:
     regularize: Literal["local", "global", "both"] = "local"
     """which Q-functions are regularised: the individual ones (paper), the global one (its code), or both"""
     epsilon: NonNegativeFloat = 0.1  # radius of the perturbation ball
-    epsilon_units: Literal["raw", "std"] = "std"  # of the observation, or its standard deviation in the first warm-up
+    epsilon_units: Literal["raw", "std"] = "raw"  # of the observation, or its standard deviation in the first warm-up
     norm: Literal["l2", "linf"] = "l2"  # norm of the ball
     attack_steps: NonNegativeInt = 3  # K, ascent steps; 0 is the baseline
     attack_lr: PositiveFloat | None = None  # eta, length of an ascent step / epsilon; default: 1 if K = 1, else 2.5 / K
-    reg_coef: NonNegativeFloat = 0.01  # lambda, weight of the regulariser
+    reg_coef: NonNegativeFloat = 0.04  # lambda, weight of the regulariser, a mean over lights
     reg_batch_size: PositiveInt = 128  # R, samples of the minibatch on which the regulariser is estimated
     divergence: Literal["l2", "kl", "l2_probs"] = "l2"  # D: squared l2 of Q-values (paper); KL or l2 of their softmax
     action_reg_coef: NonNegativeFloat = 0.0  # lambda_A, weight of ERNIE-A (Eq. 7) in the loss of the global Q
@@ -363,7 +364,7 @@ def regularizer(
         delta = perturb.rescale(noise, args.epsilon, args.norm)
     else:
         start = perturb.rescale(noise, 0.5 * args.epsilon, args.norm)  # at 0 the divergence has no gradient
-        size = args.attack_lr * args.epsilon
+        size = args.attack_lr * perturb.reach(args.epsilon, live, args.norm)
         ball = partial(perturb.project, epsilon=args.epsilon, norm=args.norm)
         is_stackelberg = args.regularizer == "stackelberg"
         delta = unroll(change, start, args.attack_steps, size, ball, is_stackelberg)
@@ -477,7 +478,7 @@ def qcombo_loss(nets: Nets, batch: Batch, args: Args) -> tuple[Tensor, Batch]:
         network, seen, unit = perturbable(kind, nets, batch, args)
         clean = output[:, :, : args.reg_batch_size] if kind == "local" else network(seen)
         change, _ = regularizer(network, seen, clean, batch[f"{kind}_noise"], unit, args)
-        loss = loss + args.reg_coef * change.mean(2).sum(1)
+        loss = loss + args.reg_coef * change.mean((1, 2))
         parts[f"ernie/{kind}_regularizer"] = change.mean((1, 2))
     parts["losses/q_values"] = q.mean((1, 2))
     return loss.sum(), {name: value.detach() for name, value in parts.items()}
@@ -608,11 +609,11 @@ def trained_policy(nets: Nets, env: Env, args: Args) -> robustness.Policy:
     return robustness.Policy(
         output=output,
         to_action=lambda q: F.one_hot(q.argmax(-1), 2),
-        divergence=partial(divergence, args.divergence),
+        divergence=partial(divergence, "l2"),
         attacks={"critic": dislike},
         team_value=team_value,
-        norm=args.norm,
-        unit=normalizer.unit(args.epsilon_units) * normalizer.flat[:, :, 1:],
+        norm=args.eval_norm,
+        unit=normalizer.flat[:, :, 1:],
         ascent_steps=5,
     )
 

@@ -70,6 +70,7 @@ class Experiment:
     eval_episodes: NonNegativeInt | None = None
     """episodes of one seed at each point of the robustness report, 0: none; default: 10 of PettingZoo's environments,
     else 1,000"""
+    eval_norm: Literal["l2", "linf"] = "l2"  # norm of the ball of the report's worst-case observations
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account; `wandb sync` later
     wandb_project_name: str = "robust-marl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
@@ -110,7 +111,6 @@ class RMA3C:
     descent_steps: PositiveInt = 2  # K, alternations of actor and adversary step per update (RMA3C, gda_step: 20)
     adversary_learning_rate: PositiveFloat = 1e-3  # Adam step size of the adversaries (RMA3C: 1e-2)
     perturb_rollout: bool = True  # agents act on perturbed observations while training, or on true ones
-    norm: Literal["l2", "linf"] = "l2"  # of the report's worst-case observations; the adversary's own is linf
 
 
 @arguments
@@ -451,17 +451,21 @@ def draw_noise(generators: Generators, env: Env, args: Args) -> Batch:
 # Robustness evaluation, by envs/robustness.py
 
 SCALES = (0.5, 1.0, 2.0)  # of the adversary's radius in the report
+RADII = (0.1, 0.2, 0.5, 1.0)
+CHANCES = (0.03, 0.05, 0.2, 0.5)
+FACTORS = (0.25, 0.5, 2.0, 4.0)
 SWEEP = {  # perturbation: strengths
-    "gaussian": (0.1, 0.2, 0.5, 1.0),  # observation noise, standard deviation (paper, Figures 3 and 9)
-    "uniform": (0.1, 0.2, 0.5, 1.0),  # observation noise, half-width
-    "mad": (0.1, 0.2, 0.5, 1.0),  # radius; the observations that change the policy most (maximal action difference)
-    "critic": (0.1, 0.2, 0.5, 1.0),  # radius; the observations whose action the agent's own critic likes least
-    "random_action": (0.03, 0.05, 0.2, 0.5),  # probability that one cooperating agent acts at random in a step
-    "worst_action": (0.03, 0.05, 0.2, 0.5),  # the same, with the action the team's critics like least (paper, 5.3)
-    "damping": (0.25, 0.5, 2.0, 4.0),  # factors on physical constants
-    "mass": (0.25, 0.5, 2.0, 4.0),
-    "max_speed_scale": (0.25, 0.5, 2.0, 4.0),
-    "contact_force": (0.25, 0.5, 2.0, 4.0),
+    "gaussian": RADII,  # observation noise, standard deviation (paper, Figures 3 and 9)
+    "uniform": RADII,  # observation noise, half-width
+    "mad": RADII,  # radius; the observations that change the policy most (maximal action difference)
+    "executed": RADII,  # the same; the observations that change the action that is played most
+    "critic": RADII,  # radius; the observations whose action the agent's own critic likes least
+    "random_action": CHANCES,  # probability that one cooperating agent acts at random in a step
+    "worst_action": CHANCES,  # the same, with the action the team's critics like least (paper, 5.3)
+    "damping": FACTORS,  # factors on physical constants
+    "mass": FACTORS,
+    "max_speed_scale": FACTORS,
+    "contact_force": FACTORS,
 }
 
 
@@ -499,7 +503,7 @@ def trained_policy(nets: Nets, env: Env, args: Args) -> robustness.Policy:
         attacks={"critic": dislike},
         adversaries={"adversary": partial(deceive, nets["adversary"], env=env)},
         team_value=team_value,
-        norm=args.norm,
+        norm=args.eval_norm,
     )
 
 

@@ -172,8 +172,8 @@ class Adversaries:
         delta = torch.zeros_like(obs)
         for _ in range(self.args.ascent_steps):
             slope = torch.func.grad(objective)(delta)
-            length = perturb.length(slope, "l2").clamp_min(1e-8)
-            step = 2 * radius / self.args.ascent_steps * slope / length
+            direction = slope.sign() if norm == "linf" else perturb.rescale(slope, 1.0, "l2")
+            step = 2 * radius / self.args.ascent_steps * direction
             delta = perturb.project(delta + step, radius, norm)
         return obs + self.unit * delta
 

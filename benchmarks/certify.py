@@ -9,7 +9,8 @@ RUN/certificates.csv with a row per seed, agent, quantity and radius. Constants 
 radii are in that unit and in the run's --norm. What a number is worth stands beside it:
 
     certified  a theorem, for every observation and every perturbation within the radius
-    visited    exact, but only at the observations that the policies met
+    visited    only at the observations that the policies met: exact for an l2 ball and up to eight actions; an upper
+               bound, at most sqrt(O) times the constant, for linf, and sqrt(A) times for probabilities of more actions
     estimate   the largest value that a search found, or a theorem about numbers of that kind
     measured   mean over episodes
 
@@ -181,7 +182,7 @@ def largest_nearby(run: Run, x: Tensor, kind: str, radius: float, generators, st
         start = end = perturb.rescale(noise, radius * (k + 1) / starts, run.args.norm)
         for _ in range(3):
             slope = torch.func.grad(lambda d: constant(x + run.unit * d).sum())(end)
-            step = 0.5 * radius * slope / perturb.length(slope, "l2").clamp_min(1e-8)
+            step = 0.5 * radius * run.reach[..., None] * slope / perturb.length(slope, "l2").clamp_min(1e-8)
             end = perturb.project(end + step, radius, run.args.norm)
         best = torch.stack([best, constant(x + run.unit * start), constant(x + run.unit * end)]).amax(0)
     return best
@@ -234,7 +235,7 @@ def perturbation(run: Run, x: Tensor, mode: str, radius: float, generators) -> T
     """What is added to observations x [S, N, M, O] of cooperating agents: "gaussian" noise of mean length `radius`, cut
     to the ball, or ("adversarial") what changes the policies most, in five ascent steps (MAD)."""
     if mode == "adversarial":
-        policy = replace(run.policy, unit=run.unit, norm=run.args.norm, ascent_steps=5)
+        policy = replace(run.policy, unit=run.unit, norm=run.args.norm, ascent_steps=5, starts=1)
         return robustness.worst_observations(run.env, policy, "mad", x, radius, generators) - x
     live = (run.unit > 0).to(x.dtype)
     half = live.sum(-1, keepdim=True) / 2

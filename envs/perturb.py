@@ -36,6 +36,11 @@ def length(x: Tensor, norm: str) -> Tensor:
     return torch.linalg.vector_norm(x, math.inf if norm == "linf" else 2, dim=-1, keepdim=True)
 
 
+def reach(epsilon: float, live: Tensor, norm: str) -> float | Tensor:
+    """The l2 length of the longest perturbation in a ball, of which `live` [..., O] entries are 1 and the others 0."""
+    return epsilon * live.sum(-1, keepdim=True).sqrt() if norm == "linf" else epsilon
+
+
 def rescale(direction: Tensor, new_length: float, norm: str) -> Tensor:
     return direction * (new_length / length(direction, norm).clamp_min(1e-12))
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.special import stdtrit  # scipy.stats is slow to import
 from torch import Tensor
 from tqdm import tqdm
@@ -27,6 +28,7 @@ from envs import Env, by_agent, for_env, legal_actions, make_generators, new_fig
 Generators = list[torch.Generator]  # one per seed
 Table = dict[str, dict[float, tuple[float, float]]]  # perturbation -> strength -> (mean, half of its 95% interval)
 NOISES = ("gaussian", "uniform")
+ATTACKS = ("mad", "executed")  # on the observations of any policy; `Policy.attacks` are others
 CARS = ("clean", "speed", "flow", "network")  # points of traffic lights that any controller meets alike
 
 
@@ -43,33 +45,55 @@ class Policy:
     norm: str = "l2"  # of the attacks' ball, or linf
     unit: Tensor | None = None  # of the attacks' radius in each entry [S or 1, N, 1, O]; None: the observation's own
     ascent_steps: int = 10  # of the attacks
+    starts: int = 2  # of the attacks; of each sample the best is taken
 
     def act(self, obs: Tensor) -> Tensor:
         return self.to_action(self.output(obs))
 
-    def objective(self, attack: str, obs: Tensor) -> Callable:
-        """What `attack` maximises, a function of the perturbed observations."""
-        if attack != "mad":
+    def objective(self, attack: str, obs: Tensor, is_discrete: bool) -> Callable:
+        """What `attack` maximises, a function of the perturbed observations. "executed" is about what is played: the
+        squared change of the action or, if discrete, by how much another one is likelier than the likeliest was."""
+        if attack in self.attacks:
             return self.attacks[attack](obs)
         clean = self.output(obs)
-        return lambda seen: self.divergence(self.output(seen), clean)
+        if attack == "mad":
+            return lambda seen: self.divergence(self.output(seen), clean)
+        action = self.to_action(clean)
+        is_best = F.one_hot(clean.argmax(-1), clean.shape[-1]) > 0
+        if not is_discrete:
+            return lambda seen: (self.to_action(self.output(seen)) - action).square().sum(-1)
+
+        def margin(seen: Tensor) -> Tensor:
+            output = self.output(seen)
+            others = output.masked_fill(is_best, -math.inf).amax(-1)
+            return others - (output * is_best).sum(-1)
+
+        return margin
 
 
 def worst_observations(
     env: Env, policy: Policy, attack: str, obs: Tensor, radius: float, generators: Generators
 ) -> Tensor:
     """Observations of cooperating agents in a ball around obs [S, N, B, O] that an attack likes best: projected
-    gradient ascent from a random start."""
+    gradient ascent from random starts, in the l2 ball along the gradient, in the linf ball along its sign."""
     live = (env.obs_mask & env.cooperators[:, None])[:, None].to(obs.dtype)  # [N, 1, O]
     unit = live if policy.unit is None else live * policy.unit
-    objective = policy.objective(attack, obs)
-    noise = per_seed(torch.randn, obs.shape[1:], generators) * (unit > 0)
-    delta = perturb.rescale(noise, 0.5 * radius, policy.norm)
-    for _ in range(policy.ascent_steps):
-        slope = torch.func.grad(lambda d: objective(obs + unit * d).sum())(delta)
-        step = perturb.rescale(slope, 2.5 / policy.ascent_steps * radius, "l2")
-        delta = perturb.project(delta + step, radius, policy.norm)
-    return obs + unit * delta
+    objective = policy.objective(attack, obs, env.discrete)
+    size = 2.5 / policy.ascent_steps * radius
+    best, most = obs, objective(obs)
+    for _ in range(policy.starts):
+        noise = per_seed(torch.randn, obs.shape[1:], generators) * (unit > 0)
+        delta = perturb.rescale(noise, 0.5 * radius, policy.norm)
+        for _ in range(policy.ascent_steps):
+            slope = torch.func.grad(lambda d: objective(obs + unit * d).sum())(delta)
+            step = size * slope.sign() if policy.norm == "linf" else perturb.rescale(slope, size, "l2")
+            delta = perturb.project(delta + step, radius, policy.norm)
+        seen = obs + unit * delta
+        value = objective(seen)
+        is_better = value > most
+        best = torch.where(is_better[..., None], seen, best)
+        most = torch.where(is_better, value, most)
+    return best
 
 
 def worst_actions(env: Env, policy: Policy, obs: Tensor, action: Tensor) -> Tensor:
@@ -100,7 +124,7 @@ def see(env: Env, policy: Policy, obs: Tensor, perturbation: str, strength: floa
     S = len(generators)
     if perturbation in NOISES:
         return by_agent(perturb.observation_noise(env, obs, perturbation, strength, generators), S)
-    if perturbation == "mad" or perturbation in policy.attacks:
+    if perturbation in (*ATTACKS, *policy.attacks):
         return worst_observations(env, policy, perturbation, by_agent(obs, S), strength, generators)
     if perturbation in policy.adversaries:
         return policy.adversaries[perturbation](by_agent(obs, S), strength)
@@ -134,7 +158,7 @@ def evaluate(
     cooperating agents alone are perturbed:
 
     gaussian, uniform    noise on observations; strength: standard deviation, half-width
-    mad, policy.attacks  the worst observations; strength: radius of the ball
+    mad, executed, policy.attacks  the worst observations; strength: radius of the ball
     policy.adversaries   observations changed by a learned adversary; strength: its radius
     random_action        with probability `strength` one agent acts at random in a step
     worst_action         the same with the action that is worst for the team
@@ -212,7 +236,7 @@ def sweep(
     """A row per perturbation, strength, seed and, with `per_agent`, cooperating agent; else for their mean. What this
     environment or policy does not have is left out."""
     policy = make_policy(env)
-    known = (*NOISES, "mad", "random_action", *policy.attacks, *policy.adversaries)
+    known = (*NOISES, *ATTACKS, "random_action", *policy.attacks, *policy.adversaries)
     known += ("worst_action",) * (policy.team_value is not None)
     known += (*getattr(env, "dynamics", ()), *getattr(env, "scenarios", ()))
     points = [("clean", 0.0)]
@@ -237,7 +261,19 @@ def sweep(
                 rows.append(row)
         if hasattr(other, "close"):  # a simulator's worlds; a reset opens them again
             other.close()
-    return rows
+    return rows + worst_case(rows, (*ATTACKS, *policy.attacks), "return")
+
+
+def worst_case(rows: list[dict], attacks: Sequence[str], value: str) -> list[dict]:
+    """Of each seed, strength and agent the row of the attack that leaves the least, if there are several attacks."""
+    if len({row["perturbation"] for row in rows} & set(attacks)) < 2:
+        return []
+    worst: dict[tuple, dict] = {}
+    for row in rows:
+        key = row["seed"], row["strength"], row.get("agent")
+        if row["perturbation"] in attacks and (key not in worst or row[value] < worst[key][value]):
+            worst[key] = row
+    return [row | {"perturbation": "worst_case"} for row in worst.values()]
 
 
 def half_interval(values: np.ndarray) -> np.ndarray:
@@ -343,6 +379,7 @@ def plot(tables: dict[str, Table], env: Env, title: str):
 LIGHTS = {  # perturbation of trained traffic lights: strengths, those of the paper
     "gaussian": (0.01, 0.1, 1.0),  # observation noise, standard deviation in raw units (Figures 1a, 5b, 7, Table 2)
     "mad": (0.1, 0.3),  # radius in the policy's unit; the observations that change its output most
+    "executed": (0.1, 0.3),  # the same; the observations that bring another action closest
     "critic": (0.1, 0.3),  # the same; the observations whose action the critic likes least
     "flip_one": (0.03, 0.05),  # probability that one light, chosen at random, does the opposite (Figures 2c, d)
     "flip_each": (0.03, 0.05),  # the same for each light independently (the paper's code)
@@ -373,7 +410,7 @@ def drive(lights: Lights, points: list[tuple], purpose: str, **fields) -> dict[s
     """Mean outcomes of a second, [S, P, E], at each of P points (perturbation, strength), which are all in one batch.
     Every point has the same warm-ups, so that points can be compared.
 
-    gaussian, uniform, mad, policy.attacks  as in `evaluate`
+    gaussian, uniform, mad, executed, policy.attacks  as in `evaluate`
     flip_one    with probability `strength` one light does the opposite in a second
     flip_each   the same for each light, independently
     worst_one   as flip_one, with the action that is worst for the team
@@ -417,7 +454,7 @@ def drive_rows(lights: Lights, points: list[tuple], labels: dict, fields: dict) 
             for name, values in means.items():
                 row[name] = values[k][p]
             rows.append(row)
-    return rows
+    return rows + worst_case(rows, (*ATTACKS, "critic"), "reward")
 
 
 def report_lights(
@@ -463,9 +500,9 @@ def plot_lights(table: dict[tuple, dict[str, list[dict]]], title: str):
     """A figure of the reward at each strength, a panel per perturbation, beside it the fixed-time signal where it meets
     the change."""
     perturbations = list(dict.fromkeys(name for name, _ in table if name != "clean"))
-    figure = new_figure(13, 5.4)
+    figure = new_figure(15, 5.4)
     for place, perturbation in enumerate(perturbations):
-        axis = figure.add_subplot(2, 5, place + 1)
+        axis = figure.add_subplot(2, 6, place + 1)
         points = [point for point in table if point[0] == perturbation]
         if perturbation != "network":
             points.insert(0, ("clean", 0.0))

@@ -495,9 +495,9 @@ def test_worst_action_is_the_one_that_the_teams_critics_like_least():
 
 
 @pytest.mark.parametrize("ball", ["l2", "linf"])
-@pytest.mark.parametrize("attack", ["mad", "critic"])
+@pytest.mark.parametrize("attack", ["mad", "executed", "critic"])
 def test_worst_observations_are_in_the_ball_and_worse_than_random_ones(attack, ball):
-    _, env, nets, policy, obs = drivers(200, norm=ball, epsilon_units="raw")
+    _, env, nets, policy, obs = drivers(200, eval_norm=ball)
     streams = envs.make_generators(7, 2, "test", DEVICE)
     with torch.no_grad():
         worst = robustness.worst_observations(env, policy, attack, obs, 0.5, streams)
@@ -668,7 +668,9 @@ def test_the_report_of_a_particle_task(tmp_path, monkeypatch):
     folder = only(tmp_path)
     points, rows = points_of(folder)
     assert len(points) == len(rows) and ("worst_action", "0.5") in points and ("critic", "1.0") in points
-    assert {name for name, _ in points} == {"clean", *script.SWEEP} - {"max_speed_scale"}  # spread has no limit
+    assert {name for name, _ in points} == {"clean", "worst_case", *script.SWEEP} - {
+        "max_speed_scale"
+    }  # spread has no limit
     assert all(-200 < float(row["return"]) < 0 for row in rows)
     assert (folder / "episode.gif").stat().st_size > 0
 

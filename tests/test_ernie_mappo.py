@@ -757,7 +757,7 @@ def test_trained_policies_play_the_likeliest_actions(short, discrete):
 @pytest.mark.parametrize("ball", ["l2", "linf"])
 def test_mad_stays_in_its_ball_and_changes_policies_more_than_random_noise(short, discrete, ball):
     """In the observation's own units, with entries that did not vary in training and opponents left alone."""
-    args, env, _, policy, obs = team_of("simple_tag_v3", short, discrete, norm=ball)
+    args, env, _, policy, obs = team_of("simple_tag_v3", short, discrete, eval_norm=ball)
     streams = make_generators(9, 2, "noise", DEVICE)
     with torch.no_grad():
         delta = robustness.worst_observations(env, policy, "mad", obs, 0.2, streams) - obs
@@ -799,7 +799,9 @@ def test_every_point_of_the_sweep_changes_returns(short, env_id, sweep, num_epis
     make_policy = partial(script.trained_policy, nets, args=args)
     rows = robustness.sweep(env, make_policy, strongest, [1, 2], per_agent=False)
     found = {(row["perturbation"], row["seed"]): row["return"] for row in rows}
-    assert found.keys() == set(itertools.product(("clean", *strongest), (1, 2)))
+    assert found.keys() == set(itertools.product(("clean", *strongest, "worst_case"), (1, 2)))
+    for seed in (1, 2):
+        assert found["worst_case", seed] == min(found["mad", seed], found["executed", seed])
     for (perturbation, seed), value in found.items():
         assert math.isfinite(value) and (value != found["clean", seed]) == (perturbation != "clean"), perturbation
 

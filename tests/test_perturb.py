@@ -109,3 +109,9 @@ def test_mean_over_the_team():
     x = torch.randn(5, env.num_agents, device=DEVICE)
     assert not env.cooperators.all()
     torch.testing.assert_close(envs.team_mean(x, env), x[:, env.cooperators].mean(1))
+
+
+def test_the_reach_of_a_ball_is_the_length_of_its_longest_perturbation():
+    live = torch.tensor([[1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
+    assert perturb.reach(0.5, live, "l2") == 0.5
+    torch.testing.assert_close(perturb.reach(0.5, live, "linf"), torch.tensor([[0.5 * 3**0.5], [0.5]]))
