@@ -8,7 +8,7 @@ largest divergence of each policy under a small perturbation of its observation 
 projected gradient ascent through which the gradient of the policy flows (Eq. 6, the Stackelberg game).
 
     python ernie_coma.py --epsilon 0.1                            # 2 x 2 traffic lights: minutes on two CPU cores
-    python ernie_coma.py --num-seeds 5 --compile                  # five runs side by side, the environment compiled
+    python ernie_coma.py --num-seeds 5                            # five runs side by side
     python ernie_coma.py --env-id simple_spread_v3 --epsilon 0.1  # a particle task with discrete actions
 
 Usage, metrics and results: docs/ernie_coma.md.
@@ -41,7 +41,7 @@ from torch import Tensor
 
 import envs
 from envs import Env, particle, perturb, robustness, runs, sumo, traffic
-from envs.runs import Name, Share, Threads, arguments, log, make_run_dir, setup
+from envs.runs import Name, Share, Switch, Threads, arguments, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # rollouts, samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
@@ -58,8 +58,9 @@ class Experiment:
     torch_deterministic: bool = True  # deterministic algorithms only: same seed, same machine, same numbers
     cuda: bool = True  # use the GPU if there is one
     num_threads: Threads = 1  # CPU threads; with more set OMP_WAIT_POLICY=PASSIVE, or one busy core stalls all
-    compile: bool = False
-    """torch.compile the environment step (half a minute, then 9x as fast) and, on a GPU, the losses"""
+    compile: Switch = None
+    """torch.compile the environment step (traffic: a minute, then 9x as fast) and, on a GPU, the losses; default: the
+    step of traffic, where there is a C++ compiler"""
     runs_dir: str = "runs"  # folder that receives a folder per run
     resume: str | None = None  # run folder to continue; other flags are read from it
     evaluate: str | None = None  # run folder or policy file whose policies are evaluated again, without training
@@ -694,14 +695,15 @@ load_policy = robustness.loader(Args, make_env, make_nets, trained_policy)  # ac
 def compiled(env: Env, args: Args) -> tuple[Callable, dict[str, Callable]]:
     """The environment's step and the losses, compiled where that is asked for and right."""
     losses = {"critic": critic_loss, "actor": actor_loss}
-    if not args.compile or args.backend == "sumo":
+    if args.compile is False or args.backend == "sumo":
         return env.step, losses
-    torch._dynamo.config.recompile_limit = 32  # the step is compiled for each network and number of environments
-    # with comprehensive padding gradients are wrong on GPUs
-    compile = partial(torch.compile, fullgraph=True, dynamic=False, options={"comprehensive_padding": False})
-    if env.device.type == "cuda":  # on CPUs torch 2.13 gets the gradient through an attack wrong
+    options = {"comprehensive_padding": False}  # with it gradients are wrong on GPUs
+    compile = partial(torch.compile, fullgraph=True, dynamic=False, options=options)
+    if args.compile and env.device.type == "cuda":  # on CPUs torch 2.13 gets the gradient through an attack wrong
         losses = {name: compile(loss) for name, loss in losses.items()}
-    return env.step if args.is_zoo else compile(env.step), losses
+    if args.is_traffic:
+        return traffic.compiled_step(env), losses
+    return compile(env.step) if args.compile and not args.is_zoo else env.step, losses
 
 
 def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, checkpoint: dict) -> None:

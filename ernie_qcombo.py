@@ -8,7 +8,7 @@ through which the gradient of Q flows (Eq. 6, the Stackelberg game). ERNIE-A (Eq
 global Q when `--malicious-agents` lights act otherwise.
 
     python ernie_qcombo.py --epsilon 0.1                       # 2 x 2 lights: minutes on two CPU cores
-    python ernie_qcombo.py --num-seeds 5 --compile             # five runs side by side, the environment compiled
+    python ernie_qcombo.py --num-seeds 5                       # five runs side by side
     python ernie_qcombo.py --evaluate runs/RUN --backend sumo  # the same lights in SUMO
 
 Usage, metrics and results: docs/ernie_qcombo.md.
@@ -43,7 +43,7 @@ from torch import Tensor
 
 import envs
 from envs import Env, perturb, robustness, runs, sumo, traffic
-from envs.runs import Name, Share, Threads, arguments, log, make_run_dir, setup
+from envs.runs import Name, Share, Switch, Threads, arguments, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
@@ -60,7 +60,9 @@ class Experiment:
     torch_deterministic: bool = True  # deterministic algorithms only: same seed, same machine, same numbers
     cuda: bool = True  # use the GPU if there is one
     num_threads: Threads = 1  # CPU threads; with more set OMP_WAIT_POLICY=PASSIVE, or one busy core stalls all
-    compile: bool = False  # torch.compile the environment step (half a minute, then 9x as fast) and, on a GPU, the loss
+    compile: Switch = None
+    """torch.compile the environment step (a minute, then 9x as fast) and, on a GPU, the loss; default: the step, where
+    there is a C++ compiler"""
     runs_dir: str = "runs"  # folder that receives a folder per run
     resume: str | None = None  # run folder to continue; other flags are read from it
     evaluate: str | None = None  # run folder or policy file whose policies are evaluated again, without training
@@ -659,14 +661,13 @@ load_policy = robustness.loader(Args, make_env, make_nets, trained_policy)  # ac
 
 def compiled(env: Env, args: Args) -> tuple[Callable, Callable]:
     """The environment's step and the loss, compiled where that is asked for and right."""
-    if not args.compile or args.backend == "sumo":
+    if args.compile is False or args.backend == "sumo":
         return env.step, qcombo_loss
-    torch._dynamo.config.recompile_limit = 32  # the step is compiled for each network and number of environments
+    step = traffic.compiled_step(env)
+    if env.device.type == "cpu" or not args.compile:  # on CPUs torch 2.13 gets the gradient through an attack wrong
+        return step, qcombo_loss
     options = {"comprehensive_padding": False}  # with it gradients are wrong on GPUs
-    compile = partial(torch.compile, fullgraph=True, dynamic=False, options=options)
-    if env.device.type == "cpu":  # where torch 2.13 gets the gradient through an attack wrong
-        return compile(env.step), qcombo_loss
-    return compile(env.step), compile(qcombo_loss)
+    return step, torch.compile(qcombo_loss, fullgraph=True, dynamic=False, options=options)
 
 
 def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, checkpoint: dict) -> None:

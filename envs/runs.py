@@ -39,6 +39,7 @@ from tqdm import tqdm
 Name = Annotated[str, Field(pattern=r"^\w[\w.+-]*$", max_length=100)]  # of a folder
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Switch = tyro.conf.DisallowNone[bool | None]  # --flag, --no-flag, or neither
 GIB = 2**30
 # Decorates a group of flags; a script's `Args` inherits from its groups, the last one first
 arguments = pydantic.dataclasses.dataclass(config={"allow_inf_nan": False})

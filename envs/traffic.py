@@ -28,6 +28,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -764,6 +765,31 @@ def outcome(reward: Tensor, info: dict[str, Tensor]) -> dict[str, Tensor]:
     outcomes["left_per_minute"] = 60.0 * info["left"]
     outcomes["backlog"] = 1.0 * info["backlog"]
     return outcomes
+
+
+@cache
+def can_compile() -> bool:
+    """Is there a C++ compiler? What that means for the run is printed, once."""
+    from torch._inductor import cpp_builder, exc  # slow to import
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        print("no C++ compiler: the traffic simulator is a tenth as fast")
+        return False
+    print("the traffic simulator is compiled, which takes a minute the first time (--no-compile: not)")
+    return True
+
+
+def compiled_step(env: Traffic) -> Callable:
+    """env.step, compiled for any number of environments, or as it is if it cannot be."""
+    if not can_compile():
+        return env.step
+    torch._dynamo.config.recompile_limit = 32  # for each network, and for its own flow or speed of each environment
+    options = {"comprehensive_padding": False}
+    is_cpu = env.device.type == "cpu"
+    step = torch.compile(env.step, fullgraph=True, dynamic=is_cpu, options=options)
+    return lambda state, action, noise=None: step(state, action.contiguous(), noise)  # of one layout, compiled once
 
 
 @torch.no_grad()

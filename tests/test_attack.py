@@ -21,6 +21,7 @@ torch.set_num_threads(1)
 CPU = torch.device("cpu")
 LIGHTS = (
     "--total-timesteps=800 --num-envs=2 --rollout-steps=20 --warmup=20 --horizon=100 --eval-warmup=2 --eval-seconds=2"
+    " --no-compile"
 )
 RUNS = (  # script, flags of a short run
     ("ernie_maddpg", "--total-timesteps=2000 --learning-starts=1000 --hidden-size=16"),

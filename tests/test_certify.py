@@ -34,6 +34,7 @@ SHORT = [
 ]
 SPREAD = ["--env-id=simple_spread_v3", "--hidden-size=8", "--log-interval=50", "--checkpoint-interval=100", *SHORT]
 STREETS = [
+    "--no-compile",
     "--wandb-mode=disabled",
     "--no-cuda",
     "--num-seeds=2",

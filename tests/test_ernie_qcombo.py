@@ -17,7 +17,7 @@ from ernie_qcombo import Args
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = dict(num_envs=2, horizon=40, warmup=10, rollout_steps=10, updates_per_rollout=2, buffer_size=80, batch_size=16)
 SMALL |= dict(hidden_size=16, reg_batch_size=8, total_timesteps=120, log_interval=60, checkpoint_interval=40)
-SMALL |= dict(model="krauss", eval_episodes=2, eval_warmup=2, eval_seconds=3, wandb_mode="disabled")
+SMALL |= dict(model="krauss", compile=False, eval_episodes=2, eval_warmup=2, eval_seconds=3, wandb_mode="disabled")
 SMALL |= dict(regularizer="stackelberg", reg_coef=0.1, epsilon=0.1, epsilon_units="std", attack_steps=3)
 FORMS = ["joint", "action_in"]
 

@@ -32,9 +32,9 @@ SMALL = {  # script: flags of a run of seconds, with more than three updates and
     "ernie_meanfield": f"{REPLAY} --num-agents=3 --batch-size=8 --hidden-size=8 --reg-batch-size=4 --transport-steps=10"
     " --eval-agents 3",
     "ernie_qcombo": f"{STEPS} --num-envs=4 --horizon=200 --warmup=45 --rollout-steps=5 --updates-per-rollout=1"
-    " --buffer-size=1000 --batch-size=16 --hidden-size=16 --eval-warmup=1 --eval-seconds=2",
+    " --buffer-size=1000 --batch-size=16 --hidden-size=16 --eval-warmup=1 --eval-seconds=2 --no-compile",
     "ernie_coma": f"{STEPS} --checkpoint-interval=40 --num-envs=2 --horizon=60 --warmup=10 --rollout-steps=10"
-    " --hidden-size=16 --reg-batch-size=8 --eval-warmup=1 --eval-seconds=2",
+    " --hidden-size=16 --reg-batch-size=8 --eval-warmup=1 --eval-seconds=2 --no-compile",
     "rma3c": f"{REPLAY} --batch-size=32 --hidden-size=16",
     "ermas_bimatrix": "--num-iterations=12 --log-interval=3 --checkpoint-interval=2 --num-envs=8 --horizon=6"
     " --inner-steps=2 --eval-iterations=3 --eval-q 0 0.5",

@@ -9,6 +9,7 @@ import pytest
 import replay
 import torch
 from commands import alike
+from torch._inductor import cpp_builder, exc
 
 import envs
 from envs import traffic
@@ -325,3 +326,35 @@ def test_speed_and_gif_from_the_command_line(tmp_path, capsys, monkeypatch):
     path = tmp_path / "traffic.gif"
     traffic.main(num_envs=2, seconds=0.01, threads=torch.get_num_threads(), gif=str(path))
     assert "car updates/s" in capsys.readouterr().out and path.read_bytes().startswith(b"GIF")
+
+
+def test_without_a_compiler_the_step_is_the_eager_one(monkeypatch, capsys):
+    def fail():
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", fail)
+    traffic.can_compile.cache_clear()
+    env = make(2)
+    assert traffic.compiled_step(env) == env.step
+    assert traffic.compiled_step(env) == env.step
+    assert capsys.readouterr().out == "no C++ compiler: the traffic simulator is a tenth as fast\n"
+    traffic.can_compile.cache_clear()
+
+
+@pytest.mark.slow
+def test_one_compiled_step_serves_every_number_of_environments_and_equals_the_eager_one():
+    torch.compiler.reset()
+    for num_envs in (6, 10, 18):
+        env = make(num_envs)
+        step = traffic.compiled_step(env)
+        (generator,) = envs.make_generators(1, 1, "test", "cpu")
+        state, _ = env.reset([generator])
+        stance = "default" if num_envs == 6 else "fail_on_recompile"
+        for _ in range(5):
+            action = torch.rand(env.num_agents, num_envs, generator=generator).T.round().long()
+            noise = env.draw([generator])
+            with torch.compiler.set_stance(stance):
+                _, *found = step(state, action, noise)
+            state, *expected = env.step(state, action, noise)
+            for x, y in zip(found[:2], expected[:2]):
+                torch.testing.assert_close(x, y, rtol=0, atol=0)
