@@ -198,7 +198,14 @@ WIDTHS = {
     "eval_agents": (3, 6),
 }
 TRAFFIC_METHODS = regularizers(ERNIE, [{}])
-TRAFFIC_FLAGS = {"compile": True, "eval_episodes": 1, "log_interval": 64_000}
+TRAFFIC_FLAGS = {"compile": True, "eval_episodes": 1, "log_interval": 64_000, "epsilon_units": "std"}
+FORMER_COMA = {  # settings of COMA of which the table in results/ is
+    "learning_rate": 1e-3,
+    "critic_learning_rate": 1e-3,
+    "gamma": 0.99,
+    "team_reward": "own",
+    "warmup": 1000,
+}
 TRAFFIC = partial(
     Study,
     flags=TRAFFIC_FLAGS | {"eval_seconds": 4_000},
@@ -370,6 +377,7 @@ STUDIES = {
         script="ernie_coma.py",
         text="ERNIE and ERNIE without unrolling are better than COMA in all changed environments",
         methods=TRAFFIC_METHODS,
+        flags=TRAFFIC_FLAGS | FORMER_COMA | {"eval_seconds": 4_000},
         claims=(("stackelberg", "none"), ("adversarial", "none")),
     ),
     "bimatrix_3": GAMES(
@@ -709,7 +717,9 @@ METHODS = {  # colour, and name in a legend with the paper's
 }
 PERTURBATIONS = {  # what an axis shows
     "gaussian": "Gaussian noise on observations, standard deviation",
-    "mad": "worst-case observations, radius",
+    "mad": "worst-case observations (MAD), radius",
+    "executed": "worst-case observations (played action), radius",
+    "worst_case": "the worst of the attacks on observations, radius",
     "flip_one": "one light does the opposite, probability",
     "speed": "speed of the cars, m/s",
     "flow": "flow of cars, of the paper's table 1",
