@@ -361,7 +361,13 @@ STUDIES = {
             "raw_gaussian": [{"regularizer": "gaussian", "epsilon_units": "raw"}],
             "raw_stackelberg": [{"regularizer": "stackelberg", "epsilon_units": "raw"}],
         },
-        claims=(("stackelberg", "none"), ("stackelberg", "adversarial"), ("ernie_a", "none")),
+        claims=(
+            ("stackelberg", "none"),
+            ("stackelberg", "adversarial"),
+            ("ernie_a", "none"),
+            ("raw_stackelberg", "none"),
+            ("raw_stackelberg", "raw_gaussian"),
+        ),
     ),
     "qcombo_sensitivity": TRAFFIC(
         script="ernie_qcombo.py",
@@ -698,7 +704,8 @@ def judge(name: str, study: Study, tables: dict[str, Table]) -> Rows:
                 verdict = "a single seed"
             row = {"study": name, "method": better, "compared_with": worse, "perturbation": family, "mean": mean}
             row |= {"interval95": half, "iqm": iqm(gains.reshape(-1)), "iqm_low": low, "iqm_high": high}
-            rows.append(row | {"seeds": gains.shape[1], "verdict": verdict})
+            p = stats.ttest_1samp(gains.mean(0), 0).pvalue if gains.shape[1] > 1 else 1.0
+            rows.append(row | {"seeds": gains.shape[1], "p": p, "verdict": verdict})
     return rows
 
 
@@ -855,8 +862,12 @@ def publish(name: str, rows: Rows, args: Args) -> None:
     kept = []
     if path.exists():
         kept = [row for row in runs.read_rows(path) if row["study"] != name and row["study"] in STUDIES]
-    if kept or verdicts:
-        runs.write_rows(path, sorted(kept + verdicts, key=lambda row: list(STUDIES).index(row["study"])))
+    rows = sorted(kept + verdicts, key=lambda row: list(STUDIES).index(row["study"]))
+    if rows:
+        adjusted = stats.false_discovery_control([float(row["p"]) for row in rows])  # for so many comparisons
+        for row, value in zip(rows, adjusted):
+            row["p_adjusted"] = value
+        runs.write_rows(path, rows)
 
 
 # --------------------------------------------------------------------------------------------------------------------
