@@ -375,6 +375,12 @@ def wasserstein(moved: Tensor, crowd: Tensor, args: Args) -> Tensor:
     return (cost * plan).sum((-1, -2))
 
 
+def mean_move(delta: Tensor) -> Tensor:
+    """How far delta [..., 2 N] moves an agent on average, [..., 1]."""
+    move = delta.unflatten(-1, (-1, 2))
+    return move.square().sum(-1).sqrt().mean(-1, keepdim=True)
+
+
 def within_budget(delta: Tensor, crowd: Tensor, args: Args) -> Tensor:
     """`delta` [..., 2 N] shortened until W(crowd + delta, crowd) <= epsilon. W is at most the mean length of the moves,
     so their share epsilon of it is allowed; along a ray W mostly grows ever more slowly, as agents come to swap places,
@@ -382,8 +388,7 @@ def within_budget(delta: Tensor, crowd: Tensor, args: Args) -> Tensor:
     epsilon = args.epsilon
     move = delta.unflatten(-1, (-1, 2))
     with torch.no_grad():
-        length = move.square().sum(-1).sqrt().mean(-1)
-        share = most = (epsilon / length.clamp_min(epsilon))[..., None, None]
+        share = most = (epsilon / mean_move(delta).clamp_min(epsilon)).unsqueeze(-1)
         for _ in range(4):
             distance = wasserstein(crowd + share * move, crowd, args)[..., None, None]
             most = torch.where(distance <= epsilon, share, most)
@@ -442,9 +447,7 @@ def regularizer(change: Callable, crowd: Tensor, noise: Tensor, args: Args) -> t
     if args.regularizer == "gaussian":  # appendix H; a normal vector in the plane has a mean length of sqrt(pi / 2)
         delta = noise * args.epsilon / math.sqrt(math.pi / 2)
     elif args.regularizer == "random":
-        move = noise.unflatten(-1, (N, 2))
-        distance = move.square().sum(-1).sqrt().mean(-1, keepdim=True)  # of an agent, on average
-        delta = noise * args.epsilon / distance
+        delta = noise * args.epsilon / mean_move(noise)
     else:
         start = perturb.rescale(noise, 0.5 * length, "l2")  # W has no gradient at 0
         is_stackelberg = args.regularizer == "stackelberg"

@@ -172,8 +172,7 @@ class Adversaries:
         delta = torch.zeros_like(obs)
         for _ in range(self.args.ascent_steps):
             slope = torch.func.grad(objective)(delta)
-            direction = slope.sign() if norm == "linf" else perturb.rescale(slope, 1.0, "l2")
-            step = 2 * radius / self.args.ascent_steps * direction
+            step = perturb.steepest(slope, 2 * radius / self.args.ascent_steps, norm)
             delta = perturb.project(delta + step, radius, norm)
         return obs + self.unit * delta
 

@@ -41,6 +41,11 @@ def reach(epsilon: float, live: Tensor, norm: str) -> float | Tensor:
     return epsilon * live.sum(-1, keepdim=True).sqrt() if norm == "linf" else epsilon
 
 
+def steepest(slope: Tensor, size: float, norm: str) -> Tensor:
+    """The step of an attack along `slope` whose `norm` is `size`: in l2 along the gradient, in linf along its sign."""
+    return size * slope.sign() if norm == "linf" else rescale(slope, size, "l2")
+
+
 def rescale(direction: Tensor, new_length: float, norm: str) -> Tensor:
     return direction * (new_length / length(direction, norm).clamp_min(1e-12))
 

@@ -58,10 +58,11 @@ class Policy:
         clean = self.output(obs)
         if attack == "mad":
             return lambda seen: self.divergence(self.output(seen), clean)
-        action = self.to_action(clean)
-        is_best = F.one_hot(clean.argmax(-1), clean.shape[-1]) > 0
         if not is_discrete:
+            action = self.to_action(clean)
             return lambda seen: (self.to_action(self.output(seen)) - action).square().sum(-1)
+
+        is_best = F.one_hot(clean.argmax(-1), clean.shape[-1]) > 0
 
         def margin(seen: Tensor) -> Tensor:
             output = self.output(seen)
@@ -86,7 +87,7 @@ def worst_observations(
         delta = perturb.rescale(noise, 0.5 * radius, policy.norm)
         for _ in range(policy.ascent_steps):
             slope = torch.func.grad(lambda d: objective(obs + unit * d).sum())(delta)
-            step = size * slope.sign() if policy.norm == "linf" else perturb.rescale(slope, size, "l2")
+            step = perturb.steepest(slope, size, policy.norm)
             delta = perturb.project(delta + step, radius, policy.norm)
         seen = obs + unit * delta
         value = objective(seen)

@@ -59,12 +59,12 @@ def test_hypergradient_is_the_derivative_of_the_whole_unroll(continuous, kind, n
     grad = torch.autograd.grad(mean_reg(actor, obs, noise, env, args), flat)[0]
     direction = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     predicted = (grad * direction).sum().item()
-    h, values = 1e-7, []  # a kink of the linf ball may lie 1e-6 away
+    h, values = 3e-7, []  # a kink of the linf ball may lie 2e-6 away
     for sign in (2, 1, -1, -2):  # fourth-order central difference
         moved = replace(actor, flat=(flat + sign * h * direction).detach())
         values.append(mean_reg(moved, obs, noise, env, args).item())
     measured = (-values[0] + 8 * values[1] - 8 * values[2] + values[3]) / (12 * h)
-    assert predicted == pytest.approx(measured, rel=3e-6)
+    assert predicted == pytest.approx(measured, rel=1e-6)
     leader = torch.autograd.grad(mean_reg(actor, obs, noise, env, args, "adversarial"), flat)[0]
     other = (leader * direction).sum().item()
     assert abs(other - measured) > 1e-4 * abs(measured)  # the leader term alone would fail this test
