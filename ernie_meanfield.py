@@ -45,7 +45,7 @@ from torch import Tensor
 
 import envs
 from envs import Env, perturb, robustness, runs
-from envs.runs import Name, Share, Threads, arguments, log, make_run_dir, setup
+from envs.runs import Name, Share, Switch, Threads, arguments, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # samples and random numbers of an update, or metrics [S]
 Generators = list[torch.Generator]  # one per seed
@@ -62,14 +62,16 @@ class Experiment:
     torch_deterministic: bool = True  # deterministic algorithms only: same seed, same machine, same numbers
     cuda: bool = True  # use the GPU if there is one
     num_threads: Threads = 1  # CPU threads; with more set OMP_WAIT_POLICY=PASSIVE, or one busy core stalls all
-    compile: bool = False  # torch.compile the environment step, IPOT and, on a GPU, the losses
+    compile: bool = False  # torch.compile the environment step and, on a GPU, the losses
+    compile_transport: Switch = None  # torch.compile IPOT; default: where there is a C++ compiler
     runs_dir: str = "runs"  # folder that receives a folder per run
     resume: str | None = None  # run folder to continue; other flags are read from it
     evaluate: str | None = None  # run folder or policy file whose policies are evaluated again, without training
     capture_video: bool = False  # write a GIF of an episode of the trained policy
     log_interval: PositiveInt = 10_000  # environment steps between two rows of metrics.csv
     checkpoint_interval: PositiveInt = 50_000  # environment steps between two checkpoints
-    eval_episodes: PositiveInt | None = None  # of one seed at each point of the report; default: 3,000 / N
+    eval_episodes: NonNegativeInt | None = None
+    """of one seed at each point of the report; 0: no report; default: 3,000 / N"""
     eval_agents: Annotated[tuple[AtLeastTwo, ...], Field(min_length=1)] = (
         3,
         6,
@@ -357,7 +359,7 @@ def transport_plan(cost: Tensor, args: Args) -> Tensor:
     taken, or that of staying where it costs less, which is best before anybody has moved far."""
     N = cost.shape[-1]
     scale = args.transport_beta * cost.mean((-1, -2), keepdim=True).clamp_min(1e-12)
-    plan = proximal_points(-cost / scale, args.transport_steps, args.compile)
+    plan = proximal_points(-cost / scale, args.transport_steps, bool(args.compile_transport))
     whole = F.one_hot(plan.argmax(-1), N).to(cost.dtype) / N
     is_plan = (whole.sum(-2) * N == 1).all(-1)
     plan = torch.where(is_plan[..., None, None], whole, plan.exp())
@@ -831,7 +833,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             if num_updates > 0 and (done or step % args.log_interval < steps_per_iteration):
                 metrics = {name: torch.stack(values, 1).mean(1) for name, values in window.items()}
                 test_streams = new_streams("test")
-                test_env = make_env(args, S * min(100, args.eval_episodes), env.device)
+                test_env = make_env(args, S * min(100, args.eval_episodes or 10), env.device)
                 returns = robustness.evaluate(test_env, trained_policy(nets, test_env, args), test_streams)
                 metrics["eval/episodic_return"] = returns.flatten(1).mean(1)
                 if args.regularized:
@@ -866,6 +868,8 @@ def main() -> None:
     with runs.exits(2, ValueError, ImportError, OSError):
         args, checkpoint = runs.parse_args(Args, __doc__)
         device = setup(args)
+        if args.compile_transport is None:
+            args.compile_transport = args.regularized and envs.can_compile("optimal transport", "compile-transport")
         env = make_env(args, args.num_seeds * args.num_envs, device)
         runs.check_memory(env, args)
         nets, optimizers = make_nets(env, args)
@@ -881,10 +885,11 @@ def main() -> None:
             train(env, nets, optimizers, args, run, checkpoint)
             runs.save(run.dir / "policy.pt", {"args": asdict(args), "nets": weights})
     with runs.reporting(run):
-        env = make_env(args, args.num_seeds * args.eval_episodes, device)
-        labels = {"env_id": args.env_id, "num_agents": args.num_agents, "regularizer": args.regularizer}
         make_policy = partial(trained_policy, nets, args=args)
-        robustness.report(env, make_policy, SWEEP | {"agents": args.eval_agents}, run, labels)
+        if args.eval_episodes:
+            env = make_env(args, args.num_seeds * args.eval_episodes, device)
+            labels = {"env_id": args.env_id, "num_agents": args.num_agents, "regularizer": args.regularizer}
+            robustness.report(env, make_policy, SWEEP | {"agents": args.eval_agents}, run, labels)
         if args.capture_video:
             env = make_env(args, args.num_seeds, device)
             streams = envs.make_generators(args.seed, args.num_seeds, "video", device)

@@ -71,7 +71,7 @@ class Experiment:
     capture_video: bool = False  # write a GIF of the trained lights
     log_interval: PositiveInt = 32_000  # environment steps between two rows of metrics.csv
     checkpoint_interval: PositiveInt = 64_000  # environment steps between two checkpoints
-    eval_episodes: PositiveInt = 4  # episodes of one seed at each point of the robustness report
+    eval_episodes: NonNegativeInt = 4  # episodes of one seed at each point of the robustness report; 0: no report
     eval_warmup: NonNegativeInt = 1000  # seconds of random switching before an evaluation (paper: 1,000)
     eval_seconds: PositiveInt = 1000  # seconds of an evaluation (paper: 4,000)
     eval_norm: Literal["l2", "linf"] = "l2"  # norm of the ball of the report's worst-case observations
@@ -786,10 +786,11 @@ def main() -> None:
             train(env, nets, optimizers, args, run, checkpoint)
             runs.save(run.dir / "policy.pt", {"args": asdict(args), "nets": weights})
     with runs.reporting(run):
-        name = "robustness" if args.backend == "torch" else f"robustness_{args.backend}"
-        labels = {"env_id": args.env_id, "policy": args.regularizer}
-        lights = make_lights(nets, args, device, args.eval_episodes, math.inf)
-        robustness.report_lights(lights, robustness.LIGHTS, robustness.NETWORKS, run, labels, name)
+        if args.eval_episodes:
+            name = "robustness" if args.backend == "torch" else f"robustness_{args.backend}"
+            labels = {"env_id": args.env_id, "policy": args.regularizer}
+            lights = make_lights(nets, args, device, args.eval_episodes, math.inf)
+            robustness.report_lights(lights, robustness.LIGHTS, robustness.NETWORKS, run, labels, name)
         if args.capture_video:
             seconds = min(120, args.eval_seconds)
             env = make_env(replace(args, backend="torch"), args.num_seeds, device, horizon=seconds)

@@ -50,10 +50,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import envs
 import ernie_qcombo
-from envs import bimatrix, runs
+from envs import bimatrix, robustness, runs
 from envs import traffic as streets
-from envs.robustness import half_interval as interval
 
+interval = robustness.half_interval
 ROOT = Path(__file__).resolve().parents[1]
 Flags = dict[str, object]  # of a script, by name: {"epsilon": 0.3, "eval_agents": (3, 6), "compile": True}
 Rows = list[dict]
@@ -198,8 +198,9 @@ WIDTHS = {
     "eval_agents": (3, 6),
 }
 TRAFFIC_METHODS = regularizers(ERNIE, [{}])
-TRAFFIC_FLAGS = {"compile": True, "eval_episodes": 1, "log_interval": 64_000, "epsilon_units": "std"}
+TRAFFIC_FLAGS = {"compile": True, "eval_episodes": 1, "log_interval": 64_000}
 FORMER_COMA = {  # settings of COMA of which the table in results/ is
+    "epsilon_units": "std",
     "learning_rate": 1e-3,
     "critic_learning_rate": 1e-3,
     "gamma": 0.99,
@@ -218,7 +219,7 @@ TRAFFIC = partial(
 SENSITIVITY = {"none": [{"regularizer": "none"}]}
 for epsilon in (0.03, 0.1, 0.3, 1.0):
     SENSITIVITY[f"epsilon_{epsilon}"] = [{"epsilon": epsilon}]
-for steps in (1, 3, 5):
+for steps in (1, 5):
     SENSITIVITY[f"attack_steps_{steps}"] = [{"attack_steps": steps}]
 
 
@@ -355,27 +356,23 @@ STUDIES = {
         script="ernie_qcombo.py",
         text="ERNIE has a more stable reward than QCOMBO on each change of the environment, ERNIE-A under changed "
         "actions; without unrolling the attack it is worse; Gaussian noise helps against noise only",
-        methods=TRAFFIC_METHODS
-        | {
-            "ernie_a": [{"regularizer": "none", "action_reg_coef": 1}],
-            "raw_gaussian": [{"regularizer": "gaussian", "epsilon_units": "raw"}],
-            "raw_stackelberg": [{"regularizer": "stackelberg", "epsilon_units": "raw"}],
-        },
+        methods=regularizers(("stackelberg", "adversarial", "random", "gaussian"), [{}])
+        | {"ernie_a": [{"regularizer": "none", "action_reg_coef": 1}]},
         claims=(
             ("stackelberg", "none"),
             ("stackelberg", "adversarial"),
+            ("stackelberg", "random"),
+            ("stackelberg", "gaussian"),
+            ("adversarial", "none"),
             ("ernie_a", "none"),
-            ("raw_stackelberg", "none"),
-            ("raw_stackelberg", "raw_gaussian"),
         ),
     ),
     "qcombo_sensitivity": TRAFFIC(
         script="ernie_qcombo.py",
         text="all values of epsilon and of K are better than the baseline on changed speeds (Figures 5c and 5d)",
         methods=SENSITIVITY,
-        flags=TRAFFIC_FLAGS | {"eval_seconds": 1_000},
-        seeds=(101, 103),
-        shown=("speed", "gaussian"),
+        seeds=(101, 105),
+        shown=("speed", "gaussian", "network"),
         claims=tuple((name, "none") for name in SENSITIVITY if name != "none"),
         percentiles=(),
     ),
@@ -597,7 +594,8 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
         reused = {flag: value.format(folder=path.parent) for flag, value in more.items()}
     chosen = {method: grid[0] for method, grid in grids.items() if method not in pending}
     started = {}
-    for method in sorted(grids.keys() - found.keys(), key=lambda method: method in pending):  # choices last
+    remaining = [method for method in grids if method not in found]
+    for method in sorted(remaining, key=lambda method: method in pending):  # choices last
         if method in pending:
             paths = [cluster.get(run) for run in pending[method]]
             scores = [score(study, method, path) if path else np.nan for path in paths]
@@ -626,7 +624,7 @@ def read(study: Study, method: str, path: Path) -> Rows:
         found = {"script": study.scripts.get(method, study.script), "env_id": row.pop("env_id", "")}
         found["method"] = study.label(row, method) if study.label else method
         policy = row.pop("policy", None)  # traffic: the trained lights, or a fixed cycle
-        if policy == "fixed_time":
+        if policy in robustness.SIGNALS:
             found["method"] = policy
         found |= {"perturbation": row.pop("perturbation", study.result.level or "training")}
         found |= {"level": row.pop(study.result.level, "0.0"), "seed": row.pop("seed")}
@@ -716,8 +714,6 @@ METHODS = {  # colour, and name in a legend with the paper's
     "adversarial": ("C3", "adversarial: ERNIE without Stackelberg"),
     "stackelberg": ("C4", "stackelberg: ERNIE"),
     "ernie_a": ("C5", "ERNIE-A"),
-    "raw_gaussian": ("C8", "gaussian, ball in raw units"),
-    "raw_stackelberg": ("C6", "stackelberg: ERNIE, ball in raw units"),
     "maddpg": ("C9", "MADDPG"),
     "m3ddpg": ("C5", "M3DDPG"),
     "rma3c": ("C7", "RMA3C"),
@@ -834,8 +830,8 @@ def report(name: str, found: dict[str, tuple[Flags, Path]], args: Args) -> None:
     """The table of a study, and what is made of it."""
     study = STUDIES[name]
     every = {method: read(study, method, path) for method, (_, path) in found.items()}
-    first = next(iter(every))  # a fixed cycle of lights is in the results of every run
-    rows = [row for m, rows in every.items() for row in rows if row["method"] != "fixed_time" or m == first]
+    first = next(iter(every))  # fixed cycles of lights are in the results of every run
+    rows = [row for m, rows in every.items() for row in rows if m == first or row["method"] not in robustness.SIGNALS]
     runs.write_rows(args.results_dir / f"{name}.csv", rows)
     if study.picture:
         paths = {method: path for method, (_, path) in found.items()}
@@ -849,7 +845,7 @@ def publish(name: str, rows: Rows, args: Args) -> None:
     methods = dict.fromkeys(row["method"] for row in rows)
     tables = {method: table_of(rows, method, study.result.value) for method in methods}
     runs.write_rows(folder / f"{name}_summary.csv", summarise(study, tables))
-    learnt = {method: table for method, table in tables.items() if method != "fixed_time"}
+    learnt = {method: table for method, table in tables.items() if method not in robustness.SIGNALS}
     if not study.picture:
         draw(name, study, learnt).savefig(folder / f"{name}.png", dpi=100)
     if study.percentiles:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -278,6 +279,20 @@ def save_gif(path, frames: list[np.ndarray], duration: int = 100) -> None:
     first, *others = map(Image.fromarray, frames)
     with runs.written(path, "wb") as file:
         first.save(file, "GIF", save_all=True, append_images=others, duration=duration, loop=0)
+
+
+@cache
+def can_compile(what: str, flag: str) -> bool:
+    """Is there a C++ compiler? What that means for the run is printed, once."""
+    from torch._inductor import cpp_builder, exc  # slow to import
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        print(f"no C++ compiler: {what} runs several times slower")
+        return False
+    print(f"{what} is compiled, which takes up to a minute the first time (--no-{flag}: not)")
+    return True
 
 
 def new_figure(width: float, height: float):

@@ -15,6 +15,8 @@ Axes: S seeds, B environments of a seed, N agents, O observation entries, A acti
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -73,28 +75,29 @@ class Policy:
 
 
 def worst_observations(
-    env: Env, policy: Policy, attack: str, obs: Tensor, radius: float, generators: Generators
+    env: Env, policy: Policy, attack: str, obs: Tensor, radius: float | Tensor, generators: Generators
 ) -> Tensor:
     """Observations of cooperating agents in a ball around obs [S, N, B, O] that an attack likes best: projected
-    gradient ascent from random starts, in the l2 ball along the gradient, in the linf ball along its sign."""
+    gradient ascent from random starts, side by side, in the l2 ball along the gradient, in the linf ball along its
+    sign. A radius for each environment is [B, 1]."""
     live = (env.obs_mask & env.cooperators[:, None])[:, None].to(obs.dtype)  # [N, 1, O]
     unit = live if policy.unit is None else live * policy.unit
-    objective = policy.objective(attack, obs, env.discrete)
-    size = 2.5 / policy.ascent_steps * radius
-    best, most = obs, objective(obs)
-    for _ in range(policy.starts):
-        noise = per_seed(torch.randn, obs.shape[1:], generators) * (unit > 0)
-        delta = perturb.rescale(noise, 0.5 * radius, policy.norm)
-        for _ in range(policy.ascent_steps):
-            slope = torch.func.grad(lambda d: objective(obs + unit * d).sum())(delta)
-            step = perturb.steepest(slope, size, policy.norm)
-            delta = perturb.project(delta + step, radius, policy.norm)
-        seen = obs + unit * delta
-        value = objective(seen)
-        is_better = value > most
-        best = torch.where(is_better[..., None], seen, best)
-        most = torch.where(is_better, value, most)
-    return best
+    noise = per_seed(torch.randn, (policy.starts, *obs.shape[1:]), generators).movedim(1, 2)  # [S, N, starts, B, O]
+    delta = perturb.rescale(noise * (unit > 0).unsqueeze(-3), 0.5 * radius, policy.norm).flatten(2, 3)
+    clean = torch.cat([obs] * policy.starts, 2)
+    objective = policy.objective(attack, clean, env.discrete)
+    if isinstance(radius, Tensor):
+        radius = torch.cat([radius] * policy.starts)
+    for _ in range(policy.ascent_steps):
+        slope = torch.func.grad(lambda d: objective(clean + unit * d).sum())(delta)
+        step = perturb.steepest(slope, 2.5 / policy.ascent_steps * radius, policy.norm)
+        delta = perturb.project(delta + step, radius, policy.norm)
+    seen = clean + unit * delta
+    values = objective(seen).unflatten(2, (policy.starts, -1))
+    best = values.argmax(2, keepdim=True)[..., None]
+    seen = torch.take_along_dim(seen.unflatten(2, (policy.starts, -1)), best, 2).squeeze(2)
+    is_better = values.amax(2) > objective(clean)[:, :, : obs.shape[2]]
+    return torch.where(is_better[..., None], seen, obs)
 
 
 def worst_actions(env: Env, policy: Policy, obs: Tensor, action: Tensor) -> Tensor:
@@ -396,13 +399,19 @@ NETWORKS = {  # where trained lights are set up, tiled (Figures 2a, 2b, 7, Table
 }
 
 
+SIGNALS = {  # fixed cycles beside which trained lights stand
+    "fixed_time": partial(traffic.fixed_time, green=27),  # all lights in phase
+    "coordinated": partial(traffic.fixed_time, green=22, offset=25),  # neighbours half a cycle apart
+}
+
+
 @dataclass
 class Lights:
     """Trained traffic lights and where they are tried out."""
 
     make_env: Callable  # (num_envs, **fields of another network) -> environment with a test's warm-up and horizon
     make_step: Callable  # env -> env.step, or that compiled
-    make_policy: Callable | None  # env -> Policy of its lights; None: a fixed-time signal, 27 s of green
+    make_policy: Callable | None  # env -> Policy of its lights; None: the first seed's are the first of SIGNALS, ...
     seeds: Sequence[int]
     episodes: int  # E, of each seed at each point
 
@@ -425,16 +434,25 @@ def drive(lights: Lights, points: list[tuple], purpose: str, **fields) -> dict[s
             streams += make_generators(seed, 1, purpose, env.device)
     perturbations = make_generators(lights.seeds[0], S, f"{purpose} perturbations", env.device)
     policy = lights.make_policy(env) if lights.make_policy else None
+    groups = []  # places of points; those of an attack, which costs as much for one as for several, are one group
+    for name, places in groupby(range(len(points)), lambda p: points[p][0]):
+        is_attack = policy and name in (*ATTACKS, *policy.attacks)
+        groups += [list(places)] if is_attack else [[p] for p in places]
 
     def control(state: traffic.State, obs: Tensor) -> Tensor:
         if policy is None:
-            return traffic.fixed_time(env, state)
+            actions = torch.stack([signal(env, state) for signal in SIGNALS.values()])  # [S, B, L]
+            return torch.cat([actions[k].unflatten(0, (S, -1))[k] for k in range(S)])
         obs = obs.unflatten(0, shape)
         actions = []
-        for p, point in enumerate(points):
-            action = act(env, policy, obs[:, p].flatten(0, 1), *point, perturbations)
-            actions.append(action.unflatten(0, (S, -1)))
-        return torch.stack(actions, 1).flatten(0, 2)
+        for places in groups:
+            name, strength = points[places[0]]
+            if len(places) > 1:
+                strengths = torch.tensor([points[p][1] for p in places], device=env.device)
+                strength = strengths.repeat_interleave(lights.episodes)[:, None]
+            action = act(env, policy, obs[:, places].flatten(0, 2), name, strength, perturbations)
+            actions.append(action.unflatten(0, (S, len(places), -1)))
+        return torch.cat(actions, 1).flatten(0, 2)
 
     outcomes = traffic.simulate(env, lights.make_step(env), control, streams)
     env.close()
@@ -462,7 +480,7 @@ def report_lights(
     lights: Lights, strengths: dict[str, tuple], networks: dict[str, dict], run: runs.Run, labels: dict, name: str
 ) -> None:
     """As `report`, of traffic lights; `networks` are fields of the environments where they are set up too. `labels` end
-    with the policy's name; beside it stands the fixed-time signal where it meets the same change."""
+    with the policy's name; beside it stand SIGNALS where they meet the same change."""
     points = [("clean", 0.0)]
     for perturbation, values in strengths.items():
         points += [(perturbation, strength) for strength in values]
@@ -470,12 +488,13 @@ def report_lights(
     if (env.rows, env.cols) != (2, 2):  # which FLOWS are of
         points = [point for point in points if point[0] != "flow"]
     groups = [(points, {})] + [([("network", network)], fields) for network, fields in networks.items()]
-    fixed = replace(lights, make_policy=None, seeds=lights.seeds[:1])
+    fixed = replace(lights, make_policy=None, seeds=[lights.seeds[0]] * len(SIGNALS))
     rows = []
     for points, fields in tqdm(groups, desc="robustness", disable=None, leave=False):
         rows += drive_rows(lights, points, labels, fields)
         changed = [point for point in points if point[0] in CARS]
-        rows += drive_rows(fixed, changed, labels | {"policy": "fixed_time"}, fields)
+        for k, row in enumerate(drive_rows(fixed, changed, labels, fields)):  # of one signal after the other
+            rows.append(row | {"policy": list(SIGNALS)[k // len(changed)]})
     runs.write_rows(run.dir / f"{name}.csv", rows)
     table = {}
     for row in rows:
@@ -484,13 +503,15 @@ def report_lights(
     title = ", ".join(map(str, labels.values()))
     over = counted(run, lights.episodes)
     print(f"\nReward of all lights in a second, {title}: mean and 95% interval over {over}")
-    print("  perturbation strength            reward  cars left/min  outside | fixed-time signal  outside")
+    signals = "  ".join(f"{signal:>12s}  outside" for signal in SIGNALS)
+    print(f"  perturbation strength            reward  cars left/min  outside |{signals}")
     for (perturbation, strength), cells in table.items():
         mean, half = interval(cells[labels["policy"]], "reward")
         left, outside = (np.mean([r[name] for r in cells[labels["policy"]]]) for name in ("left_per_minute", "backlog"))
         line = f"  {perturbation:12s} {strength:>9} {mean:9.1f} ± {half:<7.1f} {left:8.1f} {outside:12.1f} |"
-        for row in cells.get("fixed_time", []):
-            line += f" {row['reward']:12.1f} {row['backlog']:14.1f}"
+        for signal in SIGNALS:
+            for row in cells.get(signal, []):
+                line += f" {row['reward']:12.1f} {row['backlog']:9.1f}"
         print(line)
     with runs.written(run.dir / f"{name}.png", "wb") as file:
         plot_lights(table, f"{title}, {over}").savefig(file, dpi=110)
@@ -498,8 +519,8 @@ def report_lights(
 
 
 def plot_lights(table: dict[tuple, dict[str, list[dict]]], title: str):
-    """A figure of the reward at each strength, a panel per perturbation, beside it the fixed-time signal where it meets
-    the change."""
+    """A figure of the reward at each strength, a panel per perturbation, beside it the fixed cycles where they meet the
+    change."""
     perturbations = list(dict.fromkeys(name for name, _ in table if name != "clean"))
     figure = new_figure(15, 5.4)
     for place, perturbation in enumerate(perturbations):

@@ -261,8 +261,8 @@ LONGER = (
 )  # flags that may be larger in the run that goes on
 CHANGEABLE = {  # flags that may be others there
     *LONGER,
-    *"resume evaluate cuda num_threads num_workers compile runs_dir backend capture_video log_interval".split(),
-    *"checkpoint_interval wandb_mode wandb_project_name wandb_entity".split(),
+    *"resume evaluate cuda num_threads num_workers compile compile_transport runs_dir backend capture_video".split(),
+    *"log_interval checkpoint_interval wandb_mode wandb_project_name wandb_entity".split(),
 }
 
 

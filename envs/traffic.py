@@ -28,7 +28,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -38,7 +37,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from envs import Description, save_gif
+from envs import Description, can_compile, save_gif
 
 FLOWS = {  # cars per hour at each entry; the paper's training flow and its table 1
     "train": (700,) * 8,
@@ -767,23 +766,9 @@ def outcome(reward: Tensor, info: dict[str, Tensor]) -> dict[str, Tensor]:
     return outcomes
 
 
-@cache
-def can_compile() -> bool:
-    """Is there a C++ compiler? What that means for the run is printed, once."""
-    from torch._inductor import cpp_builder, exc  # slow to import
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler:
-        print("no C++ compiler: the traffic simulator is a tenth as fast")
-        return False
-    print("the traffic simulator is compiled, which takes a minute the first time (--no-compile: not)")
-    return True
-
-
 def compiled_step(env: Traffic) -> Callable:
     """env.step, compiled for any number of environments, or as it is if it cannot be."""
-    if not can_compile():
+    if not can_compile("the traffic simulator", "compile"):
         return env.step
     torch._dynamo.config.recompile_limit = 32  # for each network, and for its own flow or speed of each environment
     options = {"comprehensive_padding": False}

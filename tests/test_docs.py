@@ -61,7 +61,7 @@ def test_code_runs(path, monkeypatch, tmp_path):
         flags = (
             "--total-timesteps=400 --learning-starts=100 --buffer-size=1000 --num-envs=4 --batch-size=32 --num-seeds=2"
         )
-        finish(start_script("ernie_maddpg.py", *flags.split(), "--eval-episodes=2", "--wandb-mode=disabled"))
+        finish(start_script("ernie_maddpg.py", *flags.split(), "--eval-episodes=0", "--wandb-mode=disabled"))
         only(tmp_path / "runs").rename(tmp_path / "runs" / "RUN")
     for code in blocks(path, "python"):
         scope = {"NonNegativeFloat": float}

@@ -524,7 +524,7 @@ def test_each_point_of_a_sweep_has_its_own_traffic():
 METRICS = "reward queue wait delay emergency switch passed left_per_minute backlog".split()
 
 
-def test_report_has_every_point_and_the_fixed_time_signal(tmp_path, capsys):
+def test_report_has_every_point_and_the_fixed_cycles(tmp_path, capsys):
     args = Args(**(SMALL | dict(num_seeds=2)))
     nets, _ = script.make_nets(script.make_env(args, 1, DEVICE), args)
     nets["normalizer"].flat[:] = 1
@@ -541,7 +541,8 @@ def test_report_has_every_point_and_the_fixed_time_signal(tmp_path, capsys):
     for row in rows:
         if row["perturbation"] in ("mad", "executed", "critic"):
             assert worst[row["seed"], row["strength"]] <= float(row["reward"])
-    for policy, seeds, points in (("stackelberg", ["1", "2"], swept), ("fixed_time", ["1"], changed)):
+    expected = [("stackelberg", ["1", "2"], swept)] + [(name, ["1"], changed) for name in robustness.SIGNALS]
+    for policy, seeds, points in expected:
         for seed in seeds:
             found = [r for r in rows if (r["policy"], r["seed"]) == (policy, seed)]
             assert {(r["perturbation"], r["strength"]) for r in found} == points and len(found) == len(points)
@@ -549,6 +550,20 @@ def test_report_has_every_point_and_the_fixed_time_signal(tmp_path, capsys):
         assert row["episodes"] == "2" and all(math.isfinite(float(row[name])) for name in METRICS)
         assert float(row["reward"]) == pytest.approx(sum(float(row[name]) for name in traffic.TERMS), abs=1e-3)
     assert all(name in out and strength in out for name, strength in swept)
+
+
+def test_fixed_cycles_are_the_lights_own_rewards():
+    """Each alone and beside the other."""
+    args = Args(**(SMALL | dict(eval_warmup=60, eval_seconds=120)))
+    nets, _ = script.make_nets(script.make_env(args, 1, DEVICE), args)
+    lights = dataclasses.replace(lights_of(args, nets), make_policy=None, seeds=[1, 1])
+    both = robustness.drive(lights, [("clean", 0.0), ("speed", 30.0)], "evaluation")["reward"]
+    assert (both[0] != both[1]).all()
+    for k, signal in enumerate(robustness.SIGNALS.values()):
+        env = traffic.side_by_side(lights.make_env(4), [("clean", 0.0), ("speed", 30.0)], 1)
+        streams = [script.envs.make_generators(1, 1, "evaluation", DEVICE)[0] for _ in range(2)]
+        found = traffic.simulate(env, env.step, lambda state, obs: signal(env, state), streams)["reward"]
+        torch.testing.assert_close(found.view(2, 2), both[k])
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
