@@ -83,7 +83,7 @@ class Experiment:
 
 @arguments
 class COMA:
-    env_id: str = "traffic_grid_v0"
+    env_id: Annotated[str, envs.tasks("traffic", "particle")] = "traffic_grid_v0"
     """traffic_grid_v0, traffic_irregular_v0, traffic_atlanta_v0, a particle task, or PettingZoo's zoo:package.module or
     zoo:namespace/Name-v0"""
     env_kwargs: tuple[str, ...] = ()  # its keywords or constants, name=value or JSON

@@ -6,7 +6,7 @@ of each cooperating agent the largest change of its policy under a small perturb
 found by K steps of projected gradient ascent through which the policy's gradient flows (Eq. 6, the Stackelberg game).
 ERNIE-A (Eq. 7) does so for critics and joint actions. M3DDPG (Li et al. 2019) and appendix H's baseline are modes here.
 
-    python ernie_maddpg.py --epsilon 0.1                              # simple_spread_v3, five minutes on two CPU cores
+    python ernie_maddpg.py --epsilon 0.1                              # simple_spread_v3, four minutes on one CPU core
     python ernie_maddpg.py --env-id simple_tag_v3 --num-seeds 5       # five independent runs side by side
     python ernie_maddpg.py --evaluate runs/RUN --backend pettingzoo   # the trained policies in the original mpe2
 
@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,8 @@ class Experiment:
 
 @arguments
 class MADDPG:
-    env_id: str = "simple_spread_v3"  # a particle task, or PettingZoo's zoo:package.module or zoo:namespace/Name-v0
+    env_id: Annotated[str, envs.tasks("particle", "drones")] = "simple_spread_v3"
+    """a particle task, quadcopters, or PettingZoo's zoo:package.module or zoo:namespace/Name-v0"""
     env_kwargs: tuple[str, ...] = ()  # its keywords or constants, name=value or JSON
     horizon: PositiveInt | None = None  # steps after which an episode is cut; default: the task's own
     cooperators: tuple[str, ...] = ()  # PettingZoo: first letters of the agents that are the team; default: all

@@ -75,9 +75,9 @@ class Experiment:
 
 @arguments
 class MAPPO:
-    env_id: str = "leader_follower_v0"
-    """leader_follower_v0, leader_follower_v1, hover_v0, a particle task, or PettingZoo's zoo:package.module or
-    zoo:namespace/Name-v0"""
+    env_id: Annotated[str, envs.tasks("drones", "particle", "traffic")] = "leader_follower_v0"
+    """leader_follower_v0, leader_follower_v1, hover_v0, a particle or traffic task, or PettingZoo's zoo:package.module
+    or zoo:namespace/Name-v0"""
     env_kwargs: tuple[str, ...] = ()  # its keywords or constants, name=value or JSON
     horizon: PositiveInt | None = None  # steps after which an episode is cut; default: the task's own
     cooperators: tuple[str, ...] = ()  # PettingZoo: first letters of the agents that are the team; default: all

@@ -10,9 +10,7 @@ this is `pmaddpg`, the one that its README trains.
     python baselines/rma3c.py --env-id simple_tag_v3 --num-seeds 5          # five independent runs side by side
     python baselines/rma3c.py --evaluate runs/RUN --backend pettingzoo      # the trained policies in the original mpe2
 
-Differences to the authors' code: radius 0.1 instead of 1.0, 2 alternations per update instead of 20, an update every 50
-steps instead of 100, learning rate 1e-3 instead of 1e-2; target actions without Gumbel noise; the others' present
-actions instead of replayed ones in the losses; continuous actions too; only the cooperating team has adversaries.
+Usage, metrics, differences to the authors' code and results: docs/rma3c.md.
 
 Axes: S seeds, N agents, M samples of a minibatch (B environments in a rollout), T steps of an episode, O observation,
 A action, K alternations of an update. What an agent sees, does and is worth is [S, N, M, ...]; a joint action is
@@ -33,7 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +76,8 @@ class Experiment:
 
 @arguments
 class MADDPG:
-    env_id: str = "simple_spread_v3"  # a particle task, or PettingZoo's zoo:package.module or zoo:namespace/Name-v0
+    env_id: Annotated[str, envs.tasks("particle", "drones")] = "simple_spread_v3"
+    """a particle task, quadcopters, or PettingZoo's zoo:package.module or zoo:namespace/Name-v0"""
     env_kwargs: tuple[str, ...] = ()  # its keywords or constants, name=value or JSON
     horizon: PositiveInt | None = None  # steps after which an episode is cut; default: the task's own
     cooperators: tuple[str, ...] = ()  # PettingZoo: first letters of the agents that are the team; default: all

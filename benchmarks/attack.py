@@ -245,7 +245,8 @@ def returns(victim: Victim, attack: str, radius: float, args: Args, choose: Call
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    with runs.quiet_pipe():
+        args = tyro.cli(Args, description=__doc__)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)

@@ -364,7 +364,8 @@ def table(found: Found, run: Run) -> str:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    with runs.quiet_pipe():
+        args = tyro.cli(Args, description=__doc__)
     with runs.exits(2, ValueError, ImportError, OSError):
         for folder in args.run_dirs:
             attack.load_run(folder)

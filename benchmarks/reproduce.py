@@ -719,11 +719,13 @@ METHODS = {  # colour, and name in a legend with the paper's
     "rma3c": ("C7", "RMA3C"),
 }
 PERTURBATIONS = {  # what an axis shows
+    "clean": "as in training",
     "gaussian": "Gaussian noise on observations, standard deviation",
     "mad": "worst-case observations (MAD), radius",
     "executed": "worst-case observations (played action), radius",
     "worst_case": "the worst of the attacks on observations, radius",
     "flip_one": "one light does the opposite, probability",
+    "flip_each": "each light does the opposite, probability",
     "speed": "speed of the cars, m/s",
     "flow": "flow of cars, of the paper's table 1",
     "network": "lights set up in another network",
@@ -818,7 +820,11 @@ def draw_percentiles(study: Study, tables: dict[str, Table]) -> Figure:
             x = 100 * (np.arange(len(values)) + 0.5) / len(values)
             color, label = styles[method]
             axis.plot(x, values, marker="o", markersize=3, color=color, label=label)
-        axis.set(title=" ".join(point), xlabel="percentile of seeds")
+        family, level = point
+        title = PERTURBATIONS[family].replace(", ", ",\n")
+        title += "" if family == "clean" else f": {float(level):g}"
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("percentile of seeds")
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel(VALUES[study.result.value])
     handles, names = figure.axes[0].get_legend_handles_labels()
@@ -948,7 +954,8 @@ def ladder(args: Args, seconds: int = 4000) -> None:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    with runs.quiet_pipe():
+        args = tyro.cli(Args, description=__doc__)
     wanted = [FIGURES[f] for f in (FIGURES if args.all else args.figure)]
     wanted += [TABLES[t] for t in (TABLES if args.all else args.table)] + [args.study]
     names = list(dict.fromkeys(name for group in wanted for name in group))

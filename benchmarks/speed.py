@@ -976,5 +976,5 @@ if __name__ == "__main__":
         failed = [name for name in COMMANDS if subprocess.run([sys.executable, __file__, name]).returncode]
         sys.exit(f"speed.py: these failed: {', '.join(failed)}" if failed else 0)
     commands = {name: pydantic.validate_call(function) for name, function in COMMANDS.items()}
-    with runs.exits(2, pydantic.ValidationError), runs.exits(1, OSError):
+    with runs.quiet_pipe(), runs.exits(2, pydantic.ValidationError), runs.exits(1, OSError):
         tyro.extras.subcommand_cli_from_dict(commands, config=(tyro.conf.OmitArgPrefixes,))

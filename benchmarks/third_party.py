@@ -104,7 +104,8 @@ def measure(name: str, args: Args) -> dict[str, float]:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    with runs.quiet_pipe():
+        args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(1)
     os.environ |= {"OMP_NUM_THREADS": "1", "SDL_VIDEODRIVER": "dummy"}  # the second one: no window
     for name in args.names:

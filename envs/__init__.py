@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
+import pydantic
 import torch
 from PIL import Image
 from torch import Tensor
@@ -127,6 +128,18 @@ def for_tests(env: Env, num_episodes: int) -> Env:
     """The environment in which `robustness.evaluate` plays so many episodes: with as many copies, or, of a wrapped one,
     in turns on those that there are."""
     return env.for_tests(num_episodes) if hasattr(env, "for_tests") else replace(env, num_envs=num_episodes)
+
+
+def tasks(*modules: str) -> pydantic.AfterValidator:
+    """Of the type of --env-id: a task of these modules of `envs`, or one of PettingZoo's."""
+
+    def check(env_id: str) -> str:
+        names = [name for module in modules for name in importlib.import_module(f"envs.{module}").TASKS]
+        if env_id not in names and not env_id.startswith("zoo:"):
+            raise ValueError(f"must be one of {', '.join(names)} or zoo:package.module")
+        return env_id
+
+    return pydantic.AfterValidator(check)
 
 
 class NoPicture(Exception):

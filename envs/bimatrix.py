@@ -546,4 +546,5 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with runs.quiet_pipe():
+        tyro.cli(main)

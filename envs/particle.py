@@ -28,7 +28,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from envs import print_speed, save_gif
+from envs import print_speed, runs, save_gif
 
 POSITIVE = ("dt", "mass", "contact_margin")  # fields that must be above zero; the next may be zero
 FIELDS = (*POSITIVE, "damping", "contact_force", "max_speed_scale", "accel_scale", "local_ratio", "horizon")
@@ -717,4 +717,5 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with runs.quiet_pipe():
+        tyro.cli(main)

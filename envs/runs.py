@@ -80,6 +80,17 @@ def exits(code: int, *kinds: type[BaseException], hint: Callable[[], str] | None
 
 
 @contextlib.contextmanager
+def quiet_pipe() -> Iterator[None]:
+    """Inside, a reader who has seen enough, as in `--help | head`, ends the program without a word."""
+    handler = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        signal.signal(signal.SIGPIPE, handler)
+
+
+@contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """The list of signals that asked this process to stop, as they come: SIGINT, SIGTERM, and SIGHUP unless nohup."""
     caught: list[int] = []
@@ -274,7 +285,8 @@ def read_flags(kind: type, doc: str, defaults: dict):
         parts[name] = group(**{f.name: defaults[f.name] for f in fields(group) if f.name in defaults})
     everything = make_dataclass("Flags", groups.items())
     omit = (tyro.conf.OmitArgPrefixes,)
-    given = tyro.cli(everything, default=everything(**parts), config=omit, description=doc.split("\n")[0])
+    with quiet_pipe():
+        given = tyro.cli(everything, default=everything(**parts), config=omit, description=doc.split("\n")[0])
     values = {}
     for name in groups:
         values |= vars(getattr(given, name))

@@ -37,7 +37,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from envs import Description, can_compile, save_gif
+from envs import Description, can_compile, runs, save_gif
 
 FLOWS = {  # cars per hour at each entry; the paper's training flow and its table 1
     "train": (700,) * 8,
@@ -953,4 +953,5 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with runs.quiet_pipe():
+        tyro.cli(main)

@@ -20,7 +20,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT.parent))
 
-from envs import drones, economy, particle, traffic  # noqa: E402  (the repository's root must be on the path first)
+from envs import drones, economy, particle, runs, traffic  # noqa: E402  (the repository's root must be on the path first)
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -773,6 +773,9 @@ REPLAYS = {
 
 
 def main(arguments: list[str]) -> int:
+    if arguments in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     if len(arguments) != 2 or arguments[0] not in REPLAYS:
         print(f"usage: python tests/replay.py KIND FOLDER with KIND one of {', '.join(REPLAYS)}", file=sys.stderr)
         return 2
@@ -807,4 +810,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with runs.quiet_pipe():
+        sys.exit(main(sys.argv[1:]))

@@ -1,5 +1,8 @@
-"""README.md and docs/: commands that the scripts understand, code that runs, links that lead somewhere."""
+"""README.md and docs/: commands that the scripts understand, code that runs, links that lead somewhere, flags and
+functions that exist."""
 
+import ast
+import functools
 import importlib
 import re
 import shlex
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, finish, only, start_script
+from test_scripts import SCRIPTS
 
 from envs import runs
 
@@ -88,4 +92,63 @@ def test_links_lead_somewhere(path):
         assert target.exists(), link
         if part:
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
-            assert part in map(anchor, headings), link
+            places = re.findall(r'<a id="([\w-]+)">', target.read_text())
+            assert part in [*map(anchor, headings), *places], link
+
+
+@functools.cache
+def defined(path: str | Path) -> set[str]:
+    """Functions and classes of a file, and what it takes as flags: fields and parameters."""
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+    return names
+
+
+def unknown(entry: str) -> list[str]:
+    """What an entry names and the files that it links to do not have: `file.py: function` and flags."""
+    places = re.findall(r"\[([\w/]+\.py)\]\(\.\./\1\):\s((?:`\w+`(?:,\s+)?)+)", entry)
+    wrong = [] if places else ["no place"]
+    for path, names in places:
+        wrong += [f"{path}: {name}" for name in re.findall(r"\w+", names) if name not in defined(path)]
+    known = set().union(*[defined(path) for path, _ in places])
+    return wrong + [flag for flag in flags_in(entry) if field(flag) not in known]
+
+
+def flags_in(text: str) -> list[str]:
+    return re.findall(r"(?<![\w-])--[a-z][\w-]*", text)
+
+
+def field(flag: str) -> str:
+    return flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+
+
+def test_differences_to_the_papers_name_their_place():
+    text = (ROOT / "docs/paper_to_code.md").read_text().split("## Where we read", 1)[1]
+    entries = text.split("\n- ")[1:]
+    assert len(entries) > 40
+    for entry in entries:
+        assert unknown(entry) == [], entry
+    place = "[ernie_maddpg.py](../ernie_maddpg.py):"
+    assert unknown(f"{place} `unroll`, `no_such` (`--no-such`)") == ["ernie_maddpg.py: no_such", "--no-such"]
+    assert unknown("without a place") == ["no place"]
+
+
+OTHERS = {"--help", "--nproc-per-node"}  # of tyro and torchrun
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if path.name != "CHANGELOG.md"], ids=lambda path: path.name)
+def test_flags_exist(path):
+    """In the file that the same piece of code names, or in the page's own script, or in any of ours."""
+    files = [file for part in ("", "baselines/", "benchmarks/", "envs/") for file in ROOT.glob(f"{part}*.py")]
+    own = [file for file in SCRIPTS if file.stem == path.stem] or files
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+    for code in re.findall(r"`([^`]+)`", text):
+        named = [file for file in files if file.name in code] or own
+        known = set().union(*[defined(file) for file in named])
+        assert [flag for flag in flags_in(code) if flag not in OTHERS and field(flag) not in known] == [], code

@@ -705,7 +705,11 @@ def test_a_pettingzoo_environment_trains_on_whole_episodes(tmp_path, monkeypatch
         (TRAFFIC, "--num-agents=3", "num_agents of traffic_grid_v0 must be"),
         (SPREAD, "--rows=2", "rows"),
         (SPREAD, "--flow flow1", "flow"),
-        (SPREAD, "--env-id=hover_v0", "--env-id must have discrete actions, got hover_v0"),
+        (
+            SPREAD,
+            "--env-id=zoo:mpe2.simple_spread_v3 --env-kwargs continuous_actions=true",
+            "must have discrete actions",
+        ),
         (TRAFFIC, "--env-id=traffic_gird_v0", "traffic_grid_v0"),
     ],
 )

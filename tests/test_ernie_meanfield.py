@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from commands import alike, fourth_order, on, plain, without_speed
+from commands import alike, call, fourth_order, on, plain, without_speed
 from scipy.optimize import linear_sum_assignment
 
 import ernie_meanfield as script
@@ -940,6 +940,19 @@ def test_worst_observations_are_in_the_ball_and_beat_random_ones():
     clean = policy.output(obs)
     worst, usual = (policy.divergence(policy.output(obs + d), clean).mean() for d in (delta, at_random))
     assert worst > 2 * usual
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags,expected", [("", False), ("--compile-transport", True), ("--regularizer=none", False)])
+def test_transport_is_compiled_where_it_can_be(tmp_path, monkeypatch, flags, expected):
+    """Asked for, or by default with a C++ compiler, which is not looked for where nothing is transported."""
+    asked = []
+    monkeypatch.setattr(script.envs, "can_compile", lambda *what: asked.append(what) or False)
+    monkeypatch.setattr(script, "train", lambda env, nets, optimizers, args, run, checkpoint: trained.append(args))
+    trained = []
+    small = "--num-agents=3 --eval-agents 3 --eval-episodes=0 --wandb-mode=disabled"
+    assert call(script, monkeypatch, *small.split(), *flags.split(), f"--runs-dir={tmp_path}") == 0
+    assert [args.compile_transport for args in trained] == [expected] and len(asked) == (flags == "")
 
 
 def test_values_that_do_not_go_together():

@@ -42,6 +42,16 @@ SMALL = {  # script: flags of a run of seconds, with more than three updates and
     " --num-envs=2 --hidden-size=8 --planner-hidden-size=8 --num-minibatches=2 --update-epochs=1 --planner-epochs=1"
     " --trust-batch-size=16 --cg-steps=3 --eval-eta 0.1 0.3 --eval-timesteps=800 --eval-episodes=2",
 }
+TASKS = {  # modules of envs/ whose tasks a script runs
+    "ernie_maddpg": {"particle", "drones"},
+    "ernie_mappo": {"particle", "drones", "traffic"},
+    "ernie_meanfield": {"particle"},
+    "ernie_qcombo": {"traffic"},
+    "ernie_coma": {"particle", "traffic"},
+    "rma3c": {"particle", "drones"},
+    "ermas_bimatrix": {"bimatrix"},
+    "ermas_economy": {"economy"},
+}
 LONGER = {"ermas_bimatrix": "--num-iterations=18", "ermas_economy": "--phase-two-timesteps=2000"}  # half as long again
 QUICK = {"ermas_bimatrix": "--eval-iterations=1", "ermas_economy": "--eval-timesteps=1"}  # the shortest report
 REPORT = {"ermas_bimatrix": ("test_games.csv", "report.png"), "ermas_economy": ("welfare.csv", "report.png")}
@@ -596,13 +606,32 @@ def test_every_number_has_bounds(script, monkeypatch, capsys):
         ("--num-threads=1000000", "num_threads"),
         ("--seed=-1", "seed"),
         ("--no-such-flag", "--no-such-flag"),
-        ("--env-id=no_such_task", "env"),
     ],
 )
 def test_wrong_input_is_named(script, monkeypatch, capsys, tmp_path, flags, words):
     monkeypatch.chdir(tmp_path)
     assert words in refused(script, monkeypatch, capsys, *flags.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_tasks_of_other_scripts_are_not_offered(script, monkeypatch, capsys):
+    error = refused(script, monkeypatch, capsys, "--env-id=no_such_task")
+    modules = ("particle", "drones", "traffic", "bimatrix", "economy")
+    names = {module: importlib.import_module(f"envs.{module}").TASKS for module in modules}
+    assert {module for module in modules if any(name in error for name in names[module])} == TASKS[script.__name__]
+
+
+TOOLS = [f"benchmarks/{name}.py" for name in ("attack", "certify", "reproduce", "speed", "third_party")]
+TOOLS = [pytest.param(path, marks=pytest.mark.slow) for path in [*TOOLS, "tests/replay.py"]]
+
+
+@pytest.mark.parametrize("path", ["ernie_maddpg.py", *TOOLS])
+def test_help_that_nobody_reads_to_its_end(path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    said = subprocess.run([sys.executable, ROOT / path, "--help"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (said.returncode, said.stderr) == (-signal.SIGPIPE, b"")
 
 
 def test_flags_stand_in_groups(script, monkeypatch, capsys):
