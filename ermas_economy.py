@@ -8,18 +8,23 @@ meta-gradient (Eq. 11, 15, 16), and lambda rises while the regret that a trust-r
 epsilon (Eq. 12). Then new agents of other risk aversion learn from scratch under the frozen planner (Figure 6).
 
     python ermas_economy.py --epsilon 0.002                      # a small map, 100 steps: for two CPU cores
+    python ermas_economy.py --method fixed --rates 0.3           # own rates, or those of a run's schedule.json
     python ermas_economy.py --method marl --warm-start RUN_DIR   # the AI Economist, from the other run's first phase
     python ermas_economy.py --preset paper                       # 25 x 25 tiles, 1,000 steps: for a GPU
 
-Phase one: agents learn without taxes while labor becomes costly. Phase two: taxes, whose limit rises. PPO trains agents
-and planner. All agents share one policy: a unilateral deviation of agent i is a copy of it that only i follows, found
-by TRPO; in slice i of one wide batch of environments agent i plays its copy, in the last slice nobody deviates.
+Phase one: agents learn without taxes while labor becomes costly. Then taxes are random in every episode, so that agents
+learn how to respond to rates; a planner that moves before they do is drawn to 100%. Phase two: the planner moves too, a
+Gaussian of each bracket's rate (`--planner policy`: the AI Economist's network). PPO trains agents and policies.
+Methods without a planner have no phase two. All agents share one policy: a unilateral deviation of agent i is a copy of
+it that only i follows, found by TRPO; in slice i of one wide batch of environments agent i plays its copy, in the last
+slice nobody deviates.
 
 Usage, metrics and results: docs/ermas_economy.md.
 Differences to the paper (docs/paper_to_code.md): 4 sign of Eq. 9, 6 own regret only, 7 sign of Eq. 12, 8 bounds
 and damping of lambda, 9 regret per step, 10 common random numbers, 13 KL to the anchor, 14 Eq. 15 is the bracket of
 Eq. 11, 17 gradients, not parameters, 20 planner's turn, 21 warm-up, 29 change of utility. PPO in place of policy
-gradients; feed-forward networks without maps in place of convolutions and an LSTM; the planner decides once a period.
+gradients; feed-forward networks without maps in place of convolutions and an LSTM; the planner chooses rates for an
+episode or, its network, for a period.
 
 Axes: S runs (seeds, in the test seeds of every eta), N agents, L slices, B environments of a run, T steps, D tax
 periods, M samples, O observation, A actions, b brackets, c choices of a rate, H kinds of reward (own, planner's), K
@@ -47,15 +52,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 import envs
-from envs import economy, perturb, runs
-from envs.economy import BUILD, Economy, State
+from envs import Moments, economy, perturb, runs
+from envs.economy import Economy, Eta, State
 from envs.runs import Name, Share, Threads, arguments, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # episodes, samples, or metrics [S]
 Generators = list[torch.Generator]  # one per run
 Nets = dict[str, "MLP"]  # agents, agents_critic, planner, planner_critic
-Eta = Annotated[float, Field(ge=0, le=0.999)]
-TAXES = {"ermas": "planner", "marl": "planner", "saez": "saez", "us-federal": "us", "free-market": "free"}
+TAXES = {  # of each method; only "planner" has a phase two
+    "ermas": "planner",
+    "marl": "planner",
+    "saez": "saez",
+    "us-federal": "us",
+    "free-market": "free",
+    "fixed": "fixed",
+}
+PHASES = {"one": 1, "response": 1.5, "two": 2}
 
 
 @arguments
@@ -91,28 +103,32 @@ class PPO:
     """defaults of the flags below: tiny, for two CPU cores; paper, the original's sizes, for a GPU"""
     env_id: Literal["economy_tiny_v0", "economy_v0"] = "economy_tiny_v0"
     """9 x 9 tiles and 100 steps in five tax periods, or 25 x 25 tiles and 1,000 steps in ten"""
-    method: Literal["ermas", "marl", "saez", "us-federal", "free-market"] = "ermas"
-    """ermas; everybody for itself (the AI Economist); or no planner: Saez's formula, US rates of 2018, no taxes"""
-    eta_train: Eta = 0.23  # the agents' risk aversion in training
+    method: Literal["ermas", "marl", "saez", "us-federal", "free-market", "fixed"] = "ermas"
+    """ermas; everybody for itself (the AI Economist); or no planner: Saez's formula, US rates of 2018, none, --rates"""
     phase_one_timesteps: PositiveInt = 400_000  # environment steps of one seed without taxes (AI Economist: 25 million)
-    phase_two_timesteps: PositiveInt = 400_000  # the same with taxes; what deviating agents play besides is not counted
-    warm_start: str | None = None  # run folder whose agents at the end of phase one take the place of phase one
-    num_envs: PositiveInt = 64  # B, environments of one seed; an iteration plays 1 + M episodes of each
+    response_steps: NonNegativeInt = 800_000
+    """the same with rates that are random in each episode, in which agents learn how to respond to rates"""
+    phase_two_timesteps: PositiveInt = 400_000  # the same with the planner; without what deviating agents play besides
+    warm_start: str | None = None  # run folder whose agents at the start of phase two take the place of earlier phases
+    num_envs: PositiveInt = 64  # B, environments of one seed, even; an iteration plays 1 + M episodes of each
     labor_constant: NonNegativeFloat = 300.0
     """phase one: labor costs 1 - exp(-n / this) of its price after n steps of positive mean reward of an environment"""
-    tax_annealing: Share = 0.5  # share of phase two in which the highest allowed rate rises from 0.1 to 1; at 0 it is 1
-    rate_step: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """the planner chooses among multiples of this rate (AI Economist: 0.05, which takes far more episodes to learn)"""
+    planner: Literal["schedule", "policy"] = "schedule"
+    """a Gaussian for the rate of each bracket, drawn for an episode; or the AI Economist's network, for each period"""
+    planner_std: PositiveFloat = 0.2  # standard deviation that a schedule's rates start with
+    agent_updates: PositiveInt = 1  # updates of the agents for one of the planner
+    tax_annealing: Share = 0.0  # share of phase two in which the highest allowed rate rises from 0.1 to 1; at 0 it is 1
     hidden_size: PositiveInt = 64  # width of the two hidden layers of the agents' policy and of their values
-    planner_hidden_size: PositiveInt = 64  # the same of the planner
+    planner_hidden_size: PositiveInt = 64  # the same of a planner's policy
     activation: Literal["relu", "silu", "tanh"] = "tanh"  # hidden activation
-    learning_rate: PositiveFloat = 2e-3  # Adam step size of the agents; in phase two linear to 0
-    planner_learning_rate: PositiveFloat = 5e-3  # Adam step size of the planner, linear to 0
+    learning_rate: PositiveFloat = 2e-3  # Adam step size of the agents
+    planner_learning_rate: PositiveFloat = 0.04  # Adam step size of the planner
+    anneal_lr: bool = True  # step sizes fall to 0 in phase two, linearly
     gamma: Share = 0.99  # discount factor of a step
     gae_lambda: Share = 0.95  # lambda of generalised advantage estimation
-    update_epochs: PositiveInt = 4  # passes over the episodes of an iteration
+    planner_gae_lambda: Share = 0.13  # the same of a planner's policy, per period (AI Economist: 0.98 a step)
+    update_epochs: PositiveInt = 4  # passes over the episodes of an iteration, of a planner's policy over its decisions
     num_minibatches: PositiveInt = 8  # minibatches of a pass
-    planner_epochs: PositiveInt = 4  # passes of the planner over its decisions of an iteration
     clip_coef: PositiveFloat = 0.2  # PPO's clipping of the probability ratio
     ent_coef: NonNegativeFloat = 0.025  # weight of the agents' entropy (AI Economist: 0.025)
     planner_ent_coef: NonNegativeFloat = 0.01  # weight of the planner's, summed over brackets, as phase two starts
@@ -131,8 +147,8 @@ class ERMAS:
     lambda_lr: NonNegativeFloat = 300.0  # alpha_lambda, step size of lambda
     lambda_damping: NonNegativeFloat = 1000.0
     """kappa: an agent's own reward counts lambda + kappa * (regret - epsilon), so that lambda settles; 0: as printed"""
-    clamp_regret: bool = True
-    """an estimated regret below 0 counts as 0; without, lambda also falls where a deviation failed"""
+    regret_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """weight of the past in the running mean of regrets, which counts as 0 where it is below"""
     lambda_max: PositiveFloat = 100.0  # upper bound of lambda
     inner_steps: PositiveInt = 1  # M = n_inner, trust-region steps of a deviation
     rho: PositiveFloat = 0.05  # radius of the trust region, mean KL(policy || deviation) in nats
@@ -145,31 +161,44 @@ class ERMAS:
 
 
 @arguments
-class Args(ERMAS, PPO, Experiment):
+class Args(ERMAS, PPO, economy.Options, Experiment):
     def __post_init__(self):
+        super().__post_init__()
         if self.lambda_init > self.lambda_max:
             raise ValueError(f"lambda_init must be at most lambda_max, got {self.lambda_init}")
         if len(set(self.eval_eta)) < len(self.eval_eta):
             raise ValueError(f"eval_eta must have different values, got {self.eval_eta}")
+        if TAXES[self.method] != "planner":  # nothing to respond to
+            self.response_steps = 0
+        if self.num_envs % 2:
+            raise ValueError(f"num_envs must be even, because schedules come in pairs, got {self.num_envs}")
 
 
-PAPER = {  # of the AI Economist's training, per seed: 60 environments there; here as many as a GPU likes
+PAPER = {  # the AI Economist's training, but for whole episodes of as many environments as a GPU likes
     "env_id": "economy_v0",
+    "planner": "policy",
+    "response_steps": 0,
     "phase_one_timesteps": 25_000_000,
-    "phase_two_timesteps": 100_000_000,
+    "phase_two_timesteps": 50_000_000,
     "num_envs": 256,
     "labor_constant": 10_000.0,
     "rate_step": 0.05,
     "hidden_size": 128,
     "planner_hidden_size": 256,
+    "tax_annealing": 0.54,
     "learning_rate": 3e-4,
     "planner_learning_rate": 1e-4,
+    "anneal_lr": False,
     "gamma": 0.998,
     "gae_lambda": 0.98,
-    "num_minibatches": 64,
+    "num_minibatches": 341,  # of 1,500 steps
     "update_epochs": 1,
+    "clip_coef": 0.3,
+    "planner_ent_coef": 2.0,
+    "planner_ent_coef_end": 0.125,
+    "vf_coef": 0.05,
+    "max_grad_norm": 10.0,
     "log_interval": 1_000_000,
-    "checkpoint_interval": 2_000_000,
     "eval_timesteps": 25_000_000,
 }
 
@@ -179,17 +208,18 @@ class Task:
     """The economy of a phase, and how agents and planner learn in it."""
 
     env: Economy
-    step_env: Callable  # env.step, or that compiled
     args: Args
+    step: Callable  # env.step, or that compiled
+    wide_step: Callable  # the same for N + 1 slices
 
 
 @dataclass
 class Learner:
-    """What training changes. `moments` are of returns, of agents for own and planner's rewards."""
+    """What training changes. `moments` are of returns, of agents for own and planner's rewards, and of regrets."""
 
     nets: Nets
     optimizers: dict[str, torch.optim.Optimizer]  # agents, planner
-    moments: dict[str, "Moments"]  # agents, planner
+    moments: dict[str, Moments]  # agents, planner, regrets
     lambdas: Tensor  # [S, N] weight of each agent's own reward
     streams: dict[str, Generators]  # games, minibatches
     last: State | None = None  # in which the last episodes ended
@@ -204,14 +234,13 @@ class Learner:
 
     def trained(self) -> dict:
         """What policy.pt holds."""
-        nets = {name: net.flat for name, net in self.nets.items()}
-        return {"nets": nets, "last": vars(self.last)}
+        return {"nets": {name: net.flat for name, net in self.nets.items()}}
 
     def everything(self) -> dict:
         """What a checkpoint holds of it."""
         own = {name: getattr(self, name) for name in ("optimizers", "lambdas", "streams")}
         moments = {name: moments.flat for name, moments in self.moments.items()}
-        return self.trained() | own | {"moments": moments}
+        return self.trained() | own | {"moments": moments, "last": vars(self.last)}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -261,25 +290,16 @@ class MLP:
 
 
 @dataclass
-class Moments:
-    """Of samples of the latest iterations. `flat` [S, H, 3], float64: decaying sums of mean, mean square and weight, of
-    which the last makes up for the start at 0."""
+class Schedule:
+    """Planners that draw the rates of an episode. `flat` [S, K]: the means of each run's Gaussians, and the logarithms
+    of their standard deviations."""
 
     flat: Tensor
+    brackets: int
 
-    def update(self, x: Tensor, decay: float) -> None:
-        """Take in x [S, H, M, T]."""
-        x = x.flatten(2).double()
-        newest = torch.stack([x, x.square(), torch.ones_like(x)], 2)  # [S, H, 3, M * T]
-        self.flat.lerp_(newest.mean(3), 1 - decay)
-
-    def mean_and_std(self) -> tuple[Tensor, Tensor]:
-        """[S, H, 1, 1] each, the standard deviation at least 0.01."""
-        mean, square, weight = self.flat[..., None, None].unbind(2)
-        weight = weight.clamp_min(1e-8)
-        mean = mean / weight
-        variance = square / weight - mean.square()
-        return mean.float(), variance.clamp_min(1e-4).sqrt().float()
+    def mean_and_log_std(self) -> list[Tensor]:
+        """[S, 1, b] each."""
+        return [half[:, None, : self.brackets] for half in self.flat.chunk(2, 1)]
 
 
 def orthogonal_mlp(sizes: list[int], activation: str, num_agents: int, last_gain: float, generators: Generators) -> MLP:
@@ -304,34 +324,40 @@ def make_learner(env: Economy, streams: dict[str, Generators], args: Args) -> Le
     S = len(streams["init"])
     O, A = env.obs_mask.shape[1], env.action_mask.shape[1]
     G = env.planner_obs_size
-    rates = len(env.cutoffs) * (1 + env.num_rates)
-    own = [args.hidden_size] * 2
-    planner = [args.planner_hidden_size] * 2
+    brackets = len(env.cutoffs)
+    rates = brackets * (1 + env.num_rates)
     sizes = {
-        "agents": [O, *own, A],
-        "agents_critic": [O, *own, 2],  # own rewards, the planner's
-        "planner": [G, *planner, rates],
-        "planner_critic": [G, *planner, 1],
+        "agents": (O, A),
+        "agents_critic": (O, 2),  # own rewards, the planner's
+        "planner": (G, rates),
+        "planner_critic": (G, 1),
     }
     nets = {}
-    for name in sizes:
+    for name, (n_in, n_out) in sizes.items():
+        width = args.planner_hidden_size if "planner" in name else args.hidden_size
         gain = 1.0 if "critic" in name else 0.01
-        nets[name] = orthogonal_mlp(sizes[name], args.activation, 1, gain, streams["init"])
+        nets[name] = orthogonal_mlp([n_in, width, width, n_out], args.activation, 1, gain, streams["init"])
+    if args.planner == "schedule":
+        start = economy.spread_rates(args, S).to(env.device, env.dtype)
+        start = F.pad(start, (0, -brackets % 8))  # K is a multiple of 16, see MLP
+        log_std = torch.full_like(start, math.log(args.planner_std))
+        flat = torch.cat((start, log_std), 1)
+        nets["planner"] = Schedule(flat.requires_grad_(), brackets)
     moments = {}
-    for name, heads in (("agents", 2), ("planner", 1)):
+    for name, heads in (("agents", 2), ("planner", 1), ("regrets", env.num_agents)):
         zeros = torch.zeros(S, heads, 3, dtype=torch.float64, device=env.device)
         moments[name] = Moments(zeros)
     lambdas = torch.zeros(S, env.num_agents, dtype=env.dtype, device=env.device)
     lambdas += args.lambda_init
-    return Learner(nets, make_optimizers(nets, args), moments, lambdas, streams)
+    return Learner(nets, make_optimizers(nets), moments, lambdas, streams)
 
 
-def make_optimizers(nets: Nets, args: Args) -> dict[str, torch.optim.Optimizer]:
-    """An Adam for agents and one for planners."""
+def make_optimizers(nets: Nets) -> dict[str, torch.optim.Optimizer]:
+    """An Adam for agents and one for planners, whose step sizes `anneal` sets."""
     optimizers = {}
-    for name, rate in (("agents", args.learning_rate), ("planner", args.planner_learning_rate)):
+    for name in ("agents", "planner"):
         flats = [nets[name].flat, nets[f"{name}_critic"].flat]
-        optimizers[name] = torch.optim.Adam(flats, rate, eps=1e-5, fused=True)
+        optimizers[name] = torch.optim.Adam(flats, eps=1e-5, fused=True)
     return optimizers
 
 
@@ -351,31 +377,59 @@ def logprob(logp: Tensor, choices: Tensor) -> Tensor:
 # Rollout of whole episodes, in slices where agents deviate
 
 
+def join(games: list[Batch]) -> Batch:
+    """Episodes [S, N, B, ...] of several games, side by side."""
+    return {name: torch.cat([episodes[name] for episodes in games], 2) for name in games[0]}
+
+
 def own_slices(x: Tensor) -> Tensor:
     """What the deviating agents see, do or get [S, N, B, ...] of x [S, N, N + 1, B, ...]: agent i in slice i."""
     return x[:, :, :-1].diagonal(0, 1, 2).movedim(-1, 1)
 
 
-def act(net: MLP, deviations: MLP | None, obs: Tensor, valid: Tensor, generators: Generators) -> Batch:
-    """What is remembered of a choice [S, n, L, B, ...]: obs, valid, actions or a planner's rates, by the same random
-    numbers in all slices, and their log-probabilities. In slice i agent i acts by its deviation."""
+def act(net: MLP, deviations: MLP | None, obs: Tensor, valid: Tensor, noise: Tensor | float) -> Batch:
+    """What is remembered of a choice [S, n, L, B, ...]: obs, valid, actions or a planner's rates, by the same Gumbel
+    noise [S, n, 1, B, ...] in all slices (0: the likeliest), and their log-probabilities. In slice i agent i acts by
+    its deviation."""
     seen = obs.flatten(1, 3).unsqueeze(1)
     logp = log_policy(net, seen, valid.flatten(1, 3).unsqueeze(1))
     logp = logp.reshape(valid.shape)
     if deviations is not None:
         own = log_policy(deviations, own_slices(obs), own_slices(valid))
         logp[:, :, :-1].diagonal(0, 1, 2).copy_(own.movedim(1, -1))
-    noise = envs.per_seed(envs.gumbel, logp[0, :, 0].shape, generators)
-    actions = (logp + noise.unsqueeze(2)).argmax(-1)
+    actions = (logp + noise).argmax(-1)
     logprobs = logp.gather(-1, actions.unsqueeze(-1)).flatten(4).sum(-1)
     return {"obs": obs, "valid": valid, "actions": actions, "logprobs": logprobs}
 
 
+def draw_schedules(task: Task, learner: Learner, stage: str) -> Tensor | None:
+    """Rates [S, B, b] that hold for an episode, or None: the planner's policy chooses in every period, or there is no
+    planner. The second half of a run's environments mirrors the first: antithetic pairs. Of stages (see `update`)
+    "response" has random rates, "selfish" the means, without pairs, "probe" 0.25 and 0.75."""
+    generators = learner.streams["games"]
+    half = (task.args.num_envs // 2, len(task.env.cutoffs))
+    if task.env.tax != "planner":
+        return None
+    if stage in ("response", "probe"):
+        rates = economy.random_schedules(half, generators)
+        if stage == "probe":
+            rates = torch.full_like(rates, 0.25)
+        return torch.cat((rates, 1 - rates), 1)
+    if task.args.planner == "policy":
+        return None
+    mean, log_std = learner.nets["planner"].mean_and_log_std()
+    if stage == "selfish":
+        return mean.expand(-1, task.args.num_envs, -1)
+    noise = envs.per_seed(torch.randn, half, generators)
+    return mean + log_std.exp() * torch.cat((noise, -noise), 1)
+
+
 @torch.no_grad()
-def rollout(task: Task, learner: Learner, deviations: MLP | None = None) -> tuple[Batch, Batch]:
+def rollout(task: Task, learner: Learner, stage: str, deviations: MLP | None = None) -> tuple[Batch, Batch]:
     """An episode of every environment after the one that ended in learner.last, with sampled actions. With deviations
     of each agent of each run, S*N policies, L = N + 1 slices of the same games are played by the same random numbers,
-    and in slice i agent i follows its deviation; without them L = 1.
+    and in slice i agent i follows its deviation; without them L = 1. Environments whose schedules are an antithetic
+    pair play by the same random numbers, too.
 
     Returns the joint policy's episodes with what came out of them (`economy.FACTS`), and of the deviating agents obs,
     valid, actions, logprobs and rewards [S, N, B, T, ...]."""
@@ -384,57 +438,48 @@ def rollout(task: Task, learner: Learner, deviations: MLP | None = None) -> tupl
     generators = learner.streams["games"]
     S = len(generators)
     L = 1 if deviations is None else env.num_agents + 1
-    slices = (L, env.num_envs // S)
-
-    def repeat(x: Tensor) -> Tensor:
-        """[..., S * B] -> the environments of each run L times, [..., S * L * B]."""
-        return torch.cat([x.unflatten(-1, (S, 1, -1))] * L, -2).flatten(-3)
-
-    def joint(x: Tensor) -> Tensor:
-        """[..., S * L * B] -> the slice in which nobody deviates, [S, ..., B]."""
-        return x.unflatten(-1, (S, *slices))[..., -1, :].movedim(-2, 0)
-
-    def sliced(x: Tensor) -> Tensor:
-        """[S * L * B, N, ...] -> [S, N, L, B, ...]."""
-        return envs.by_agent(x, S).unflatten(2, slices)
-
+    schedules = draw_schedules(task, learner, stage)
+    copies = 1 if schedules is None or stage == "selfish" else 2
+    layout = economy.Layout(S, L, copies)
     state, _ = env.reset(generators, learner.last)
-    state = State(**{name: repeat(x) for name, x in vars(state).items()})
+    state = economy.of_all(layout.repeat, state)
     obs = env.observe(state)
     valid = env.valid_actions(state)
     rates = None
+    if schedules is not None:
+        rates = schedules.unsqueeze(1).expand(-1, L, -1, -1).flatten(0, 2)
+    step_env = task.step if L == 1 else task.wide_step
     steps = defaultdict(list)
     own = defaultdict(list)
+    tax_days = []
     for t in range(env.horizon):
-        step = act(nets["agents"], deviations, sliced(obs), sliced(valid), generators)
-        if env.tax == "planner" and t % env.period == 0:
-            planner_obs = sliced(env.planner_obs(state).unsqueeze(1))
-            valid_rates = sliced(env.valid_rates(state).unsqueeze(1))
-            choice = act(nets["planner"], None, planner_obs, valid_rates, generators)
+        seen = layout.by_agent(valid)
+        step = act(nets["agents"], deviations, layout.by_agent(obs), seen, layout.gumbel(seen.shape, generators))
+        if env.tax == "planner" and schedules is None and t % env.period == 0:
+            planner_obs = layout.by_agent(env.planner_obs(state).unsqueeze(1))
+            valid_rates = layout.by_agent(env.valid_rates(state).unsqueeze(1))
+            noise = 0.0 if stage == "selfish" else layout.gumbel(valid_rates.shape, generators)
+            choice = act(nets["planner"], None, planner_obs, valid_rates, noise)
             rates = choice["actions"].flatten(0, 3)
             for name, x in choice.items():
                 steps[f"planner_{name}"].append(x[:, :, -1])
         actions = step["actions"].movedim(1, -1).flatten(0, 2)
-        noise = repeat(env.draw(generators))
-        state, obs, reward, _, _, info = task.step_env(state, actions, noise, rates)
+        noise = layout.repeat(env.draw(generators))
+        state, obs, reward, _, _, info = step_env(state, actions, noise, rates)
         valid = info["valid_actions"]
-        step["rewards"] = sliced(reward)
+        step["rewards"] = layout.by_agent(reward)
         for name, x in step.items():
             steps[name].append(x[:, :, -1].contiguous())  # a view would keep all slices
             if deviations is not None:
                 own[name].append(own_slices(x).contiguous())
-        steps["planner_rewards"].append(joint(info["planner_reward"]).unsqueeze(1))
-        if (t + 1) % env.period == 0:  # a tax day
-            steps["incomes"].append(joint(state.last_income))
-            steps["rates"].append(joint(state.rates))
-    last = {name: joint(x).movedim(0, -2) for name, x in vars(state).items()}
-    learner.last = State(**{name: x.flatten(-2) for name, x in last.items()})
+        steps["planner_rewards"].append(layout.joint(info["planner_reward"]).view(S, 1, -1))
+        if (t + 1) % env.period == 0:
+            tax_days.append(economy.of_all(layout.joint, state))
+    learner.last = economy.of_all(layout.joint, state)
     episodes = {name: torch.stack(values, 3) for name, values in steps.items()}
-    episodes["coin"] = joint(env.endowment(state))
-    episodes["labor"] = joint(state.labor)
-    episodes["payment"] = joint(state.payment)
-    episodes["houses"] = (episodes["actions"] == BUILD).sum(3)
-    episodes["income"] = episodes.pop("incomes").sum(3)
+    if schedules is not None:
+        episodes["planner_actions"] = schedules[:, None, :, None]
+    episodes |= economy.facts(env, learner.last, tax_days, S)
     return episodes, {name: torch.stack(values, 3) for name, values in own.items()}
 
 
@@ -463,7 +508,8 @@ def estimate(learner: Learner, name: str, obs: Tensor, rewards: Tensor, gamma: f
     values = values.squeeze(1).mT.unflatten(2, (M, T))
     mean, std = learner.moments[name].mean_and_std()
     worth = (mean + std * values)[:, :H]  # in units of rewards
-    advantages = gae(rewards, F.pad(worth, (0, 1)), gamma, args.gae_lambda)
+    decay = {"agents": args.gae_lambda, "planner": args.planner_gae_lambda}
+    advantages = gae(rewards, F.pad(worth, (0, 1)), gamma, decay[name])
     return advantages, advantages + worth
 
 
@@ -518,6 +564,18 @@ def ppo_loss(learner: Learner, name: str, batch: Batch, correction: Tensor | flo
     return loss, metrics
 
 
+def schedule_loss(planner: Schedule, rates: Tensor, advantages: Tensor, ent_coef: float) -> tuple[Tensor, Batch]:
+    """ALGO LOGIC: minus the score-function estimate of the welfare that the planners' Gaussians expect, of rates
+    [S, B, b] before they were limited to [0, 1] and advantages [S, B], minus the entropy bonus. In antithetic pairs the
+    half of the welfare that is even in the noise drops out of the gradient of the means. Returns loss, metrics [S]."""
+    mean, log_std = planner.mean_and_log_std()
+    logprobs = -0.5 * ((rates - mean) / log_std.exp()).square() - log_std
+    policy_loss = -(logprobs.sum(2) * advantages).mean(1)
+    entropy = log_std.sum((1, 2))  # up to a constant
+    loss = policy_loss - ent_coef * entropy
+    return loss.sum(), {"losses/planner_policy_loss": policy_loss.detach(), "losses/planner_entropy": entropy.detach()}
+
+
 def take(samples: Batch, chosen: Tensor) -> Batch:
     """Of samples [S, n, M, ...] those with the numbers `chosen` [S, m], for all n of a run the same: [S, n, m, ...]."""
     S, n, M = samples["advantages"].shape
@@ -530,10 +588,10 @@ def take(samples: Batch, chosen: Tensor) -> Batch:
     return batch
 
 
-def minibatches(samples: Batch, epochs: int, generators: Generators, args: Args) -> Iterator[Batch]:
+def minibatches(samples: Batch, generators: Generators, args: Args) -> Iterator[Batch]:
     """Parts of the samples: in every epoch each sample once, in an order of its run."""
     M = samples["advantages"].shape[2]
-    for _ in range(epochs):
+    for _ in range(args.update_epochs):
         order = envs.per_seed(torch.randperm, M, generators)
         for chosen in order.chunk(args.num_minibatches, 1):
             yield take(samples, chosen)
@@ -541,13 +599,12 @@ def minibatches(samples: Batch, epochs: int, generators: Generators, args: Args)
 
 def improve(learner: Learner, name: str, samples: Batch, correction: Tensor | float, args: Args) -> Batch:
     """Epochs of PPO; the gradient of each network of each run is clipped on its own. Returns mean metrics [S]."""
-    epochs = {"agents": args.update_epochs, "planner": args.planner_epochs}
     policy = learner.nets[name]
     critic = learner.nets[f"{name}_critic"]
     flats = [policy.flat, critic.flat]
     prefix = {"agents": "losses/", "planner": "losses/planner_"}
     history = defaultdict(list)
-    for batch in minibatches(samples, epochs[name], learner.streams["minibatches"], args):
+    for batch in minibatches(samples, learner.streams["minibatches"], args):
         loss, metrics = ppo_loss(learner, name, batch, correction, args)
         for flat, gradient in zip(flats, torch.autograd.grad(loss, flats)):
             flat.grad = perturb.project(gradient, args.max_grad_norm, "l2")
@@ -661,7 +718,6 @@ def deviate(task: Task, learner: Learner, episodes: Batch) -> tuple[Batch, list[
     deviations = replace(agents, flat=anchor_flat)
     own = own_samples(learner, episodes, args)
     path = [policy_gradient(deviations, own)]
-    gains = []
     joint = []
     for _ in range(args.inner_steps):
         order = envs.per_seed(torch.randperm, own["advantages"].shape[2], learner.streams["minibatches"])
@@ -679,43 +735,50 @@ def deviate(task: Task, learner: Learner, episodes: Batch) -> tuple[Batch, list[
         flat = trust_region_step(policy, deviations.flat, weighted, anchor, args.rho, args)
         deviations = replace(agents, flat=flat)
         kl = mean_kl(anchor, policy(flat).detach())
-        joint_games, own_games = rollout(task, learner, deviations)
-        own_reward = own_games["rewards"].mean((2, 3))
-        joint_reward = joint_games["rewards"].mean((2, 3))
-        gains.append(own_reward - joint_reward)
+        joint_games, own_games = rollout(task, learner, "full", deviations)
         joint.append(joint_games)
         own = own_samples(learner, own_games, args)
         path.append(policy_gradient(deviations, own))
-    regrets = torch.stack(gains).amax(0)
     outcome = {
         "gradient": path[-1] if args.meta_gradient == "fomaml" else torch.stack(path[:-1]).mean(0),
-        "regrets": regrets.clamp_min(0) if args.clamp_regret else regrets,
+        "regrets": (own_games["rewards"] - joint_games["rewards"]).mean((2, 3)),
         "kl": kl.view(S, N),
     }
     return outcome, joint
 
 
+def probe(task: Task, learner: Learner) -> Tensor:
+    """How agents respond to taxes [S]: productivity under flat rates of 0.75 over that under 0.25, same games."""
+    streams = make_streams(task.args, task.env.device, "probe ")
+    episodes, _ = rollout(task, replace(learner, streams=streams), "probe")
+    low, high = episodes["coin"].sum(1).chunk(2, 1)  # [S, B / 2] each
+    return high.mean(1) / low.mean(1).clamp_min(1)
+
+
 def update(task: Task, learner: Learner, stage: str) -> Batch:
     """1 + M episodes of every environment, an update of the agents, one iteration of Algorithm 2 if they are
     adversarial, and the planner's turn, Algorithm 1. Agent i ascends on -J_r + lambda_i (g_1 - beta grad
-    J_i(deviation)), Eq. (11) with (15), else on its own reward. Stages: "selfish", each for itself; "warm-up", no
-    deviations, the planner at rest; "full". Returns metrics [S]."""
+    J_i(deviation)), Eq. (11) with (15), else on its own reward. Stages: "selfish", each for itself; "response", the
+    same under random rates; "warm-up", no deviations, the planner at rest; "agents", the planner at rest; "full".
+    Returns metrics [S]."""
     args = task.args
-    adversarial = args.method == "ermas" and stage != "selfish"
-    deviating = adversarial and stage == "full"
+    adversarial = args.method == "ermas" and stage not in ("selfish", "response")
+    deviating = adversarial and stage != "warm-up"
     lambdas = learner.lambdas
     correction = 0.0
-    regrets = excess = kl = torch.zeros_like(lambdas)
-    first, _ = rollout(task, learner)
+    regrets = error = excess = kl = torch.zeros_like(lambdas)
+    first, _ = rollout(task, learner, stage)
     if deviating:
         outcome, joint = deviate(task, learner, first)
-        regrets = outcome["regrets"]
+        moments = learner.moments["regrets"]
+        moments.update(outcome["regrets"][..., None, None], args.regret_decay)
+        regrets, error = moments.mean_and_error(args.regret_decay)
         kl = outcome["kl"]
-        excess = regrets - args.epsilon
+        excess = regrets.clamp_min(0) - args.epsilon
     else:
-        joint = [rollout(task, learner)[0] for _ in range(args.inner_steps)]
+        joint = [rollout(task, learner, stage)[0] for _ in range(args.inner_steps)]
     joint.insert(0, first)
-    episodes = {name: torch.cat([games[name] for games in joint], 2) for name in first}
+    episodes = join(joint)
     weight = (lambdas + args.lambda_damping * excess).clamp(0, args.lambda_max)  # [S, N]
     rewards = episodes["rewards"]  # [S, N, B, T]
     both = torch.stack((rewards, episodes["planner_rewards"].expand_as(rewards)), 1)
@@ -729,19 +792,33 @@ def update(task: Task, learner: Learner, stage: str) -> Batch:
         correction = args.beta * gradient.mean(1) / scale.squeeze(2)
     metrics = improve(learner, "agents", samples, correction, args)
     if task.env.tax == "planner" and stage == "full":
-        metrics |= plan(task, learner, episodes)
+        turn = plan_schedules if args.planner == "schedule" else plan
+        metrics |= turn(task, learner, episodes)
     learner.lambdas = (lambdas + args.lambda_lr * excess).clamp(0, args.lambda_max)  # ALGO LOGIC: Eq. (12)
-    for name, values in economy.describe(episodes).items():
-        metrics[f"charts/{name}"] = values
-    metrics["charts/episodic_return"] = rewards.sum(3).mean((1, 2))
+    metrics |= economy.charts(episodes)
     metrics["ermas/lambda"] = lambdas.mean(1)
     metrics["ermas/local_regret"] = regrets.mean(1)
+    metrics["ermas/regret_error"] = error.mean(1)
     metrics["ermas/deviation_kl"] = kl.amax(1)
     return metrics
 
 
+def plan_schedules(task: Task, learner: Learner, episodes: Batch) -> Batch:
+    """The planner's update from the schedules of whole episodes; means stay between 0 and 1."""
+    planner = learner.nets["planner"]
+    optimizer = learner.optimizers["planner"]
+    welfare = episodes["planner_rewards"].sum(3)  # [S, 1, B]
+    advantages, _ = standardize(welfare)
+    rates = episodes["planner_actions"][:, 0, :, 0]
+    loss, metrics = schedule_loss(planner, rates, advantages.squeeze(1), optimizer.param_groups[0]["ent_coef"])
+    (planner.flat.grad,) = torch.autograd.grad(loss, planner.flat)
+    optimizer.step()
+    planner.mean_and_log_std()[0].detach().clamp_(0, 1)
+    return metrics
+
+
 def plan(task: Task, learner: Learner, episodes: Batch) -> Batch:
-    """The planner's update from its decisions, each rewarded with the change of welfare until the next one."""
+    """The update of planners' policies from decisions, each rewarded with the change of welfare until the next one."""
     env = task.env
     args = task.args
     missing = -env.horizon % env.period  # steps of the last period
@@ -756,30 +833,15 @@ def plan(task: Task, learner: Learner, episodes: Batch) -> Batch:
 def anneal(learner: Learner, phase: str, progress: float, args: Args) -> None:
     """In phase two step sizes and the planner's entropy bonus fall linearly."""
     left = 1 - progress if phase == "two" else 1.0
+    scale = left if args.anneal_lr else 1.0
     ent_coef = args.planner_ent_coef_end + left * (args.planner_ent_coef - args.planner_ent_coef_end)
-    rates = {"agents": args.learning_rate, "planner": args.planner_learning_rate}
-    coefs = {"agents": args.ent_coef, "planner": ent_coef}
-    for name, optimizer in learner.optimizers.items():
-        (group,) = optimizer.param_groups
-        group["lr"] = rates[name] * left
-        group["ent_coef"] = coefs[name]
+    settings = {"agents": (args.learning_rate, args.ent_coef), "planner": (args.planner_learning_rate, ent_coef)}
+    for name, (rate, coef) in settings.items():
+        learner.optimizers[name].param_groups[0].update(lr=scale * rate, ent_coef=coef)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Evaluation: new agents of other risk aversion under the frozen planner
-
-
-def load_agents(path: Path, kind: str, args: Args, names: tuple[str, ...]) -> dict:
-    """warm_agents or test_agents of another run. Raise ValueError if its arguments `names` or networks differ."""
-    saved = runs.load(path)
-    if kind not in saved:
-        raise ValueError(f"{kind} is missing in {path}")
-    given = runs.pack(asdict(args))
-    for name in ("env_id", "seed", "num_seeds", "hidden_size", "activation", *names):
-        value = saved["args"].get(name)
-        if value != given[name]:
-            raise ValueError(f"--{name.replace('_', '-')} must be {value} as in {path}, got {given[name]}")
-    return saved
 
 
 def play_tests(learner: Learner, tested: dict, args: Args, run_dir: Path) -> Batch:
@@ -796,48 +858,30 @@ def play_tests(learner: Learner, tested: dict, args: Args, run_dir: Path) -> Bat
     if tested:
         runs.restore({"test_agents": new.agents()}, tested)
     else:
-        learn_selfishly("one", Task(env, compiled(env, args), args), new, args.phase_one_timesteps)
+        learn_selfishly("one", new, eta, args)
         if not args.evaluate:  # other runs may rely on the file that is there
             runs.save(run_dir / "test_agents.pt", {"args": asdict(args), "test_agents": new.agents()})
     new.streams = make_streams(args, device, "test taxes ", Q)  # the same whether phase one was played or not
-    env = make_env(args, Q * S, "two", device, eta)
-    new.last = None
-    new.optimizers = make_optimizers(new.nets, args)
-    task = Task(env, compiled(env, args), args)
-    learn_selfishly("two", task, new, args.eval_timesteps)
+    task = learn_selfishly("two", new, eta, args)
     games = []
     for _ in range(math.ceil(args.eval_episodes / args.num_envs)):
-        episodes, _ = rollout(task, new)
+        episodes, _ = rollout(task, new, "selfish")
         games.append({name: episodes[name] for name in economy.FACTS})
-    facts = {}
-    for name in economy.FACTS:
-        values = torch.cat([episodes[name] for episodes in games], 2)
-        facts[name] = values[:, :, : args.eval_episodes].unflatten(0, (Q, S))
-    return facts
+    facts = join(games)
+    return {name: x[:, :, : args.eval_episodes].unflatten(0, (Q, S)) for name, x in facts.items()}
 
 
-def learn_selfishly(phase: str, task: Task, learner: Learner, timesteps: int) -> None:
-    """Agents learn, each for itself; a planner keeps its policy."""
-    count = math.ceil(timesteps / steps_per_iteration(task.env, task.args))
+def learn_selfishly(phase: str, learner: Learner, eta: Tensor, args: Args) -> Task:
+    """Agents with risk aversion eta [S] learn, each for itself; a planner keeps its policy. Returns the task."""
+    task = make_task(make_env(args, len(eta), phase, eta.device, eta), args, len(eta))
+    learner.last = None
+    learner.optimizers = make_optimizers(learner.nets)
+    timesteps = {"one": args.phase_one_timesteps, "two": args.eval_timesteps}[phase]
+    count = math.ceil(timesteps / steps_per_iteration(task.env, args))
     for iteration in tqdm(range(count), desc=f"test, phase {phase}", disable=None, leave=False):
-        anneal(learner, phase, iteration / count, task.args)
+        anneal(learner, phase, iteration / count, args)
         update(task, learner, "selfish")
-
-
-def play_last(task: Task, learner: Learner, run_dir: Path) -> Batch:
-    """An episode of every environment with the trained policies, and a GIF of the first one if that is asked for."""
-    frames = []
-
-    def step(state: State, *rest) -> tuple:
-        frames.append(task.env.render(state, 0))
-        return task.env.step(state, *rest)
-
-    if task.args.capture_video:
-        task = replace(task, step_env=step)
-    episodes, _ = rollout(task, learner)
-    if frames:
-        envs.save_gif(run_dir / "episode.gif", frames[:: max(1, len(frames) // 125)])
-    return episodes
+    return task
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -845,24 +889,16 @@ def play_last(task: Task, learner: Learner, run_dir: Path) -> Batch:
 
 
 def make_env(args: Args, num_runs: int, phase: str, device: torch.device, eta: Tensor | None = None) -> Economy:
-    """The economy of a phase: "one", without taxes while labor becomes costly, or "two"; eta [num_runs] or that of
-    training. Annealing follows the number of episodes that the phase has."""
-    fields = {"eta": args.eta_train, "rate_step": args.rate_step}
-    if eta is not None:
-        fields["eta"] = eta.repeat_interleave(args.num_envs)
-    num_envs = num_runs * args.num_envs
+    """The economy of a phase: "one", without taxes while labor becomes costly, "response" or "two"; eta [num_runs] or
+    that of training. Annealing follows the number of episodes that the phase has."""
+    fields = economy.fields_of(args, num_runs, eta)
     if phase == "one":
-        return envs.make(
-            args.env_id,
-            num_envs,
-            device,
-            tax="free",
-            labor_constant=args.labor_constant,
-            **fields,
-        )
-    env = envs.make(args.env_id, num_envs, device, tax=TAXES[args.method], **fields)
+        fields |= {"tax": "free", "labor_constant": args.labor_constant}
+    else:
+        fields["tax"] = TAXES[args.method]
+    env = envs.make(args.env_id, num_runs * args.num_envs, device, **fields)
     episodes = args.tax_annealing * args.phase_two_timesteps / (args.num_envs * env.horizon)
-    if episodes == 0 or eta is not None:  # the test's agents live with the taxes as they are
+    if episodes == 0 or phase != "two" or eta is not None:  # the test's agents live with the taxes as they are
         return env
     return replace(env, tax_warmup=-episodes / 9, tax_slope=0.9 / episodes)
 
@@ -881,12 +917,14 @@ def make_streams(args: Args, device: torch.device, prefix: str = "", copies: int
 # Training
 
 
-def compiled(env: Economy, args: Args) -> Callable:
-    """The environment's step, compiled if asked for. Torch refuses a ninth version of a function: earlier ones go."""
-    if not args.compile:
-        return env.step
-    torch.compiler.reset()
-    return torch.compile(env.step, fullgraph=True, dynamic=False, options={"comprehensive_padding": False})
+def make_task(env: Economy, args: Args, num_runs: int) -> Task:
+    """Steps compiled if asked for. Torch refuses a ninth version of a function: earlier ones go."""
+    steps = [env.step, economy.repeat_runs(env, num_runs, 1 + env.num_agents).step]
+    if args.compile:
+        torch.compiler.reset()
+        options = {"comprehensive_padding": False}
+        steps = [torch.compile(step, fullgraph=True, dynamic=False, options=options) for step in steps]
+    return Task(env, args, *steps)
 
 
 def steps_per_iteration(env: Economy, args: Args) -> int:
@@ -895,11 +933,20 @@ def steps_per_iteration(env: Economy, args: Args) -> int:
 
 
 def phase_bounds(env: Economy, args: Args) -> dict[str, tuple[int, int]]:
-    """Iterations before a phase, and up to its end."""
-    steps = steps_per_iteration(env, args)
-    first = 0 if args.warm_start else math.ceil(args.phase_one_timesteps / steps)
-    second = math.ceil(args.phase_two_timesteps / steps)
-    return {"one": (0, first), "two": (first, first + second)}
+    """Iterations before a phase, and up to its end. Without a planner there is only phase one."""
+    fresh = not args.warm_start
+    steps = {
+        "one": fresh * args.phase_one_timesteps,
+        "response": fresh * args.response_steps,
+        "two": (TAXES[args.method] == "planner") * args.phase_two_timesteps,
+    }
+    bounds = {}
+    end = 0
+    for phase, count in steps.items():
+        begin = end
+        end += math.ceil(count / steps_per_iteration(env, args))
+        bounds[phase] = (begin, end)
+    return bounds
 
 
 def train(phase: str, learner: Learner, args: Args, run: runs.Run, checkpoint: dict) -> None:
@@ -908,12 +955,13 @@ def train(phase: str, learner: Learner, args: Args, run: runs.Run, checkpoint: d
     S = args.num_seeds
     device = learner.lambdas.device
     env = make_env(args, S, phase, device)
-    task = Task(env, compiled(env, args), args)
-    begin, end = phase_bounds(env, args)[phase]
+    task = make_task(env, args, S)
+    bounds = phase_bounds(env, args)
+    begin, end = bounds[phase]
     iteration = begin
     window = defaultdict(list)  # metrics [S] since the last row of metrics.csv
     learner.last = None
-    learner.optimizers = make_optimizers(learner.nets, args)
+    learner.optimizers = make_optimizers(learner.nets)
     if begin < checkpoint.get("iteration", 0):
         learner.last, _ = env.reset(learner.streams["games"])  # of the right shapes, to be filled
         with runs.exits(2, ValueError):
@@ -929,9 +977,9 @@ def train(phase: str, learner: Learner, args: Args, run: runs.Run, checkpoint: d
     with runs.stop_signals() as caught:
         while iteration < end and not caught:
             progress = (iteration - begin) / (end - begin)
-            stage = "selfish"
-            if phase == "two":
-                stage = "warm-up" if progress < args.warmup else "full"
+            stage = {"one": "selfish", "response": "response"}.get(phase, "warm-up")
+            if phase == "two" and progress >= args.warmup:
+                stage = "agents" if (iteration - begin) % args.agent_updates else "full"
             anneal(learner, phase, progress, args)
             for name, values in update(task, learner, stage).items():
                 window[name].append(values)
@@ -943,13 +991,15 @@ def train(phase: str, learner: Learner, args: Args, run: runs.Run, checkpoint: d
             if done or step % args.log_interval < per_iteration:
                 metrics = {name: sum(values) / len(values) for name, values in window.items()}
                 speed = S * (step - first_step) / (time.perf_counter() - started)
-                metrics["charts/phase"] = torch.full((S,), 1 if phase == "one" else 2)
+                metrics["charts/phase"] = torch.full((S,), PHASES[phase])
+                if phase != "one":
+                    metrics["charts/response"] = probe(task, learner)
                 metrics["charts/SPS"] = torch.full((S,), speed)
                 log(run, step, metrics)
                 runs.show_progress(bar, welfare=f"{metrics['charts/welfare'].mean():.1f}")
                 window = defaultdict(list)
                 started, first_step = time.perf_counter(), step
-            if done and phase == "one":
+            if done and end == bounds["two"][0]:
                 runs.save(run.dir / "warm_agents.pt", {"args": asdict(args), "warm_agents": learner.agents()})
             if done or caught or step % args.checkpoint_interval < per_iteration:
                 state = {"args": asdict(args), "iteration": iteration, "window": window, "rows": run.rows}
@@ -967,38 +1017,38 @@ def main() -> None:
         runs.check_memory(env, args)
         learner = make_learner(env, make_streams(args, device), args)
         bounds = phase_bounds(env, args)
+        same = "env_id seed num_seeds num_agents cutoffs hidden_size activation".split()
         tested = {}
         if args.eval_agents:
-            path = Path(args.eval_agents)
-            tested = load_agents(path, "test_agents", args, ("eval_eta", "phase_one_timesteps"))
+            names = [*same, "eval_eta", "phase_one_timesteps", "labor_coef"]
+            tested = runs.load_part(args.eval_agents, "test_agents", args, names)
         if args.warm_start and not checkpoint:
-            path = Path(args.warm_start, "warm_agents.pt")
-            warm = load_agents(path, "warm_agents", args, ("eta_train",))
+            names = [*same, "eta_train", *["response_steps"] * bool(args.response_steps)]
+            warm = runs.load_part(f"{args.warm_start}/warm_agents.pt", "warm_agents", args, names)
             runs.restore({"warm_agents": learner.agents()}, warm)
         if args.evaluate:
-            if checkpoint.get("iteration", math.inf) <= bounds["one"][1]:
+            begin, end = bounds["two"]
+            if checkpoint.get("iteration", math.inf) <= begin < end:
                 raise ValueError(f"{args.evaluate} has no taxes yet; go on with --resume")
-            learner.last, _ = env.reset(learner.streams["games"])  # of the right shapes, to be filled
             runs.restore(learner.trained(), checkpoint)
-        rows = checkpoint.get("rows", [])
         labels = [{"seed": args.seed + k} for k in range(args.num_seeds)]
-        run = runs.Run(make_run_dir(args, __file__), labels, rows)
+        run = runs.Run(make_run_dir(args, __file__), labels, checkpoint.get("rows", []))
     if not args.evaluate:
         with runs.training(run.dir):
             runs.start_wandb(run, args)
             for phase, (_, end) in bounds.items():
                 if checkpoint.get("iteration", 0) <= end:  # at its end: restored, and the next phase begins
                     train(phase, learner, args, run, checkpoint)
+            economy.check_epsilon(learner.moments["regrets"], args)
             runs.save(run.dir / "policy.pt", {"args": asdict(args)} | learner.trained())
     with runs.reporting(run):
-        env = replace(env, tax_warmup=None)
-        learner.streams = make_streams(args, device, "video ")
-        episodes = play_last(Task(env, env.step, args), learner, run.dir)
+        if args.capture_video:
+            step, frames = economy.filmed(env)
+            filmed = replace(learner, streams=make_streams(args, device, "video "), last=None)
+            rollout(Task(env, args, step, step), filmed, "selfish")
+            envs.save_gif(run.dir / "episode.gif", frames)
         tests = play_tests(learner, tested, args, run.dir)
-        labels = {"env_id": args.env_id, "method": args.method}
-        if args.method == "ermas":
-            labels["epsilon"] = args.epsilon
-        economy.report(run, env, args.eval_eta, tests, episodes, labels)
+        economy.report(run, env, args, tests)
     print(f"results: {run.dir}")
 
 

@@ -318,6 +318,13 @@ GAMES = partial(
     claims=(),
     label=game_label,
 )
+FORMER_ECONOMY = {  # settings of the economy in the study `economy`, of which the table in results/ is
+    "planner": "policy",
+    "planner_learning_rate": 5e-3,
+    "planner_gae_lambda": 0.95,
+    "response_steps": 0,
+    "tax_annealing": 0.5,
+}
 STUDIES = {
     "spread": PARTICLE(
         methods=PARTICLE_METHODS | {"rma3c": [{"epsilon": 0.1}, {"epsilon": 0.3}]},
@@ -416,7 +423,7 @@ STUDIES = {
         "ermas_economy.py",
         "ERMAS has a higher welfare than the AI Economist (MARL), Saez and US federal rates at every eta of new agents",
         {name: [{"method": name}] for name in ("free-market", "us-federal", "saez", "marl", "ermas")},
-        flags={"compile": True},
+        flags=FORMER_ECONOMY | {"compile": True},
         quick={
             "phase_one_timesteps": 12_800,
             "phase_two_timesteps": 12_800,

@@ -921,15 +921,14 @@ def taxes(timing: Timing, num_seeds: int) -> dict[str, Callable[[], None]]:
     """What an iteration of ermas_economy.py consists of, by name."""
     device, jobs = torch.device(timing.device), {}
     for name, phase, stage, method in (
-        ("phase one", "one", "alone", "marl"),
+        ("phase one", "one", "selfish", "marl"),
         ("phase two, marl", "two", "full", "marl"),
         ("phase two, ermas", "two", "full", "ermas"),
     ):
-        args = ermas_economy.Args(num_seeds=num_seeds, method=method)
+        args = ermas_economy.Args(num_seeds=num_seeds, method=method, compile=True)
         env = ermas_economy.make_env(args, num_seeds, phase, device)
-        step = torch.compile(env.step, fullgraph=True, dynamic=False)
         learner = ermas_economy.make_learner(env, ermas_economy.make_streams(args, device), args)
-        task = ermas_economy.Task(env, step, args)
+        task = ermas_economy.make_task(env, args, num_seeds)
         ermas_economy.anneal(learner, phase, 0.5, args)
         jobs[name] = partial(ermas_economy.update, task, learner, stage)
     streams = learner.streams["games"]
@@ -939,11 +938,11 @@ def taxes(timing: Timing, num_seeds: int) -> dict[str, Callable[[], None]]:
         for _ in range(1 + args.inner_steps):
             state, _ = env.reset(streams)
             for _ in range(env.horizon):
-                state, *_ = step(state, actions, env.draw(streams))
+                state, *_ = task.step(state, actions, env.draw(streams))
 
     def episodes() -> None:
         for _ in range(1 + args.inner_steps):
-            ermas_economy.rollout(task, learner)
+            ermas_economy.rollout(task, learner, "full")
 
     return {"environment": environment, "episodes": episodes} | jobs
 

@@ -7,7 +7,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol
 
@@ -200,6 +200,37 @@ def per_seed(sampler: Callable, shape: tuple[int, ...], generators: list[torch.G
 def gumbel(shape: tuple[int, ...], **where) -> Tensor:
     """Standard Gumbel noise, a sampler like torch.randn: the argmax of logits plus it is a sample of their softmax."""
     return -torch.log(-torch.log(torch.rand(shape, **where).clamp(1e-10, 1 - 1e-7)))
+
+
+@dataclass
+class Moments:
+    """Of samples of the latest iterations. `flat` [S, H, 3], float64: decaying sums of mean, mean square and weight, of
+    which the last makes up for the start at 0."""
+
+    flat: Tensor
+
+    def update(self, x: Tensor, decay: float) -> None:
+        """Take in x [S, H, M, T]."""
+        x = x.flatten(2).double()
+        newest = torch.stack([x, x.square(), torch.ones_like(x)], 2)  # [S, H, 3, M * T]
+        self.flat.lerp_(newest.mean(3), 1 - decay)
+
+    def mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """[S, H, 1, 1] each, the standard deviation at least 0.01."""
+        mean, square, weight = self.flat[..., None, None].unbind(2)
+        weight = weight.clamp_min(1e-8)
+        mean = mean / weight
+        variance = square / weight - mean.square()
+        return mean.float(), variance.clamp_min(1e-4).sqrt().float()
+
+    def mean_and_error(self, decay: float) -> tuple[Tensor, Tensor]:
+        """Of samples [S, H, 1, 1] that came one at a time with this decay: their mean and its standard error, [S, H]
+        each. Of weights w, (sum w)^2 / sum w^2 samples with equal weights are worth as much."""
+        mean, square, weight = self.flat.unbind(2)
+        mean = mean / weight
+        variance = square / weight - mean.square()
+        samples = (1 + decay) / (1 - decay) * weight / (2 - weight)
+        return mean.float(), (variance.clamp_min(0) / samples).sqrt().float()
 
 
 # ---------------------------------------------------------------- between environments and networks

@@ -30,18 +30,22 @@ Axes: B environments, N agents, R = 2 resources (stone, wood), T tiles, S source
 """
 
 import itertools
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from PIL import Image, ImageDraw, ImageFont
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from envs import Description, new_figure, print_speed, runs, save_gif
+from envs import Description, Moments, by_agent, gumbel, new_figure, per_seed, print_speed, runs, save_gif
 from envs.robustness import half_interval
 
 STONE, WOOD = 0, 1
@@ -93,6 +97,7 @@ RANKED_PAYMENT = (11.331640623590097, 13.267112338979295, 16.472372947006132, 22
 TAXES = ("planner", "free", "us", "fixed", "saez")
 OBJECTIVES = ("equality_productivity", "inverse_income_coin", "inverse_income_utility")
 PER_ENV = "eta labor_coef build_labor move_labor collect_labor order_labor regrowth payment_scale bonus_scale".split()
+Eta = Annotated[float, Field(ge=0, le=0.999)]
 GROUND = ("#f0f0e6", "#d4d4d4", "#7d7d82", "#d0e0bc", "#5f8c3c", "#82afd7", "#f0f0e6", "#f0f0e6")  # by contents
 COLOURS = ("#c85046", "#426ebe", "#eb9628", "#965aaa", "#5aaab4", "#785a3c")  # of agents and their houses
 
@@ -191,7 +196,7 @@ class Economy(Description):
     labor_constant: float = 0.0  # steps; anneals labor_coef by 1 - exp(-n / labor_constant); 0: not annealed
     labor_schedule: str = "auto"  # n: "auto", steps in which the mean reward is positive; "decay", completed episodes
     tax: str = "planner"  # or "free", "us", "fixed", "saez"
-    fixed_rates: Sequence[float] = US_FEDERAL  # where tax="fixed"
+    fixed_rates: Sequence[float] | Tensor = US_FEDERAL  # where tax="fixed", or of each environment [B, brackets]
     period: int = 100  # steps between tax days
     cutoffs: Sequence[float] = CUTOFFS  # coin, where brackets begin
     rate_step: float = 0.05  # of the planner's rates
@@ -274,14 +279,15 @@ class Economy(Description):
         self.num_rates = 1 + int(1 / self.rate_step + 1e-9)  # that a planner can choose
         self.lower = self._constant(self.cutoffs, self.dtype, 2)  # [brackets, 1, 1] coin
         self.upper = self._constant((*self.cutoffs[1:], math.inf), self.dtype, 2)
-        rates = US_FEDERAL if self.tax == "us" else self.fixed_rates
-        self.schedule = self._constant(rates, torch.float64)  # [brackets, 1]
+        rates = torch.as_tensor(US_FEDERAL if self.tax == "us" else self.fixed_rates, dtype=torch.float64)
+        rates = rates[:, None] if rates.ndim == 1 else rates.T
+        self.schedule = rates.to(self.device)  # [brackets, 1], or of each environment [brackets, B]
 
     def _build_sizes(self):
         N, b = self.num_agents, len(self.cutoffs)
         P = self.max_price + 1
         A = 6 + 4 * P
-        O = 21 + 10 * P + b + N + 3 * (N - 1) + 5 * (2 * self.window + 1) ** 2  # see `observe`
+        O = 22 + 10 * P + b + N + 3 * (N - 1) + 5 * (2 * self.window + 1) ** 2  # see `observe`
         self.agents = tuple(f"agent_{i}" for i in range(N))
         self.cooperators = torch.ones(N, dtype=torch.bool, device=self.device)
         self.obs_sizes = (O,) * N
@@ -598,14 +604,17 @@ class Economy(Description):
         and goods and past trades / 10; then what the original shows on maps:
 
         1           (not on maps:) own income in this tax period so far, per step
+        1           taxes due on it, less the share of everybody's that comes back, per step
         3 (N - 1)   rows and columns to the others, the next one first, / sight, and 1, each; 0 where out of sight
         6           the same for the nearest stone and the nearest wood
         5 (2 window + 1)^2  tiles around the agent, row by row: stone, wood, empty source, house, may not be entered
         """
         flat = self._flat(state, self.max_price, 10.0, 10.0)
-        income = self.income(state)[:, None] / self.period
+        income = self.income(state)
+        due = self.tax_due(state.rates, income)
+        coin = torch.stack((income, due - total(due) / self.num_agents), 1) / self.period
         place = self._place(state)
-        blocks = [flat, income, self._others(place), self._nearest(state, place), *self._window(state)]
+        blocks = [flat, coin, self._others(place), self._nearest(state, place), *self._window(state)]
         obs = torch.cat(blocks, 1)  # [N, O, B]
         return obs.flatten(0, 1).T.contiguous().view(-1, *obs.shape[:2])
 
@@ -1077,8 +1086,9 @@ def check(env: Economy):
     if env.tax == "us":
         require(brackets == 7, "cutoffs", "7 for the US rates")
     if env.tax == "fixed":
-        rates = env.fixed_rates
-        good = len(rates) == brackets and all(0 <= rate <= 1 for rate in rates)
+        rates = torch.as_tensor(env.fixed_rates, dtype=torch.float64)
+        shaped = rates.shape in ((brackets,), (env.num_envs, brackets))
+        good = shaped and bool(((rates >= 0) & (rates <= 1)).all())
         require(good, "fixed_rates", f"{brackets} numbers between 0 and 1")
     require(0 < env.rate_step <= 1, "rate_step", "above 0, at most 1")
     require(math.isfinite(env.tax_warmup or 0.0), "tax_warmup", "None or finite")
@@ -1091,9 +1101,191 @@ def check(env: Economy):
         require(bool(((value >= 0) & (value <= most)).all()), name, rule)
 
 
+@runs.arguments
+class Options:
+    """What a script lets its user choose of the economy."""
+
+    eta_train: Annotated[tuple[Eta, ...], Field(min_length=1, max_length=2)] = (0.23,)
+    """the agents' risk aversion in training; two: from the first to the second, evenly over environments"""
+    rates: tuple[runs.Share, ...] | str = (0.5,)
+    """marginal rates of method fixed, and where a planner's schedule starts: one, one per bracket, these for each seed,
+    or the schedule.json or schedule.csv of a run"""
+    objective: Literal[OBJECTIVES] = OBJECTIVES[0]
+    """the planner's: equality times productivity, or coin or utility weighted by the inverse of income"""
+    labor_coef: NonNegativeFloat = 0.21  # utility that a unit of labor costs
+    num_agents: PositiveInt = 4  # N
+    period: PositiveInt | None = None  # steps from tax day to tax day; None: the map's, 20 or 100
+    cutoffs: tuple[NonNegativeFloat, ...] | None = None  # coin where brackets begin; None: the map's
+    rate_step: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """a planner's policy chooses among multiples of this rate (AI Economist: 0.05, which takes far more episodes)"""
+
+    def __post_init__(self):
+        if isinstance(self.rates, str):
+            schedules = read_schedules(self.rates)
+            self.rates = tuple(itertools.chain(*schedules.values()))
+
+
+def fields_of(args: Options, num_runs: int, eta: Tensor | None = None) -> dict:
+    """Fields of an `Economy` with args.num_envs environments for each of `num_runs` runs, with eta [num_runs] or that
+    of training, which is the same in both halves of a run's environments. Raise ValueError if they do not fit."""
+    fields = {name: getattr(args, name) for name in ("objective", "labor_coef", "num_agents", "rate_step")}
+    for name in ("period", "cutoffs"):
+        if getattr(args, name) is not None:
+            fields[name] = getattr(args, name)
+    horizon = TASKS[args.env_id].get("horizon", Economy.horizon)
+    if fields.get("period", 1) > horizon:
+        raise ValueError(f"period must be at most {horizon}, the steps of an episode, got {args.period}")
+    fields["eta"] = args.eta_train[0]
+    if eta is not None:
+        fields["eta"] = eta.repeat_interleave(args.num_envs)
+    elif len(args.eta_train) == 2:
+        even = torch.linspace(*args.eta_train, args.num_envs // 2)
+        fields["eta"] = even.repeat(2 * num_runs)
+    if args.method == "fixed":
+        fields["fixed_rates"] = spread_rates(args, num_runs).repeat_interleave(args.num_envs, 0)
+    return fields
+
+
+def repeat_runs(env: Economy, num_runs: int, copies: int) -> Economy:
+    """`env` with the environments of each of its runs `copies` times, [num_runs, copies, environments of a run]; itself
+    where no constant differs between environments."""
+    changes = {}
+    for name in (*PER_ENV, "fixed_rates"):
+        value = torch.as_tensor(getattr(env, name))
+        if value.ndim == 1 + (name == "fixed_rates"):
+            blocks = [value.unflatten(0, (num_runs, -1))] * copies
+            changes[name] = torch.cat(blocks, 1).flatten(0, 1)
+    return replace(env, num_envs=copies * env.num_envs, **changes) if changes else env
+
+
+# ----------------------------------------------------------------------------------------- schedules of marginal rates
+
+
+def spread_rates(args: Options, num_runs: int) -> Tensor:
+    """Marginal rates [num_runs, brackets] of args.rates: one for all, one per bracket, or one per bracket of each of
+    args.num_seeds seeds, which repeat. Raise ValueError if there are others."""
+    brackets = len(args.cutoffs or CUTOFFS)
+    counts = (1, brackets, args.num_seeds * brackets)
+    if len(args.rates) not in counts:
+        raise ValueError(f"--rates must be one, one per bracket or these of each seed, {counts}, got {len(args.rates)}")
+    width = 1 if len(args.rates) == 1 else brackets
+    rates = torch.tensor(args.rates).view(-1, width).expand(-1, brackets)
+    return rates.repeat(num_runs // len(rates), 1)
+
+
+def random_schedules(shape: tuple[int, int], generators: list[torch.Generator]) -> Tensor:
+    """Marginal rates [S, *shape], the last axis brackets: a uniform rate for all and uniform rates for each, in
+    a uniform mixture. Independent rates alone hardly change what an income is taxed with."""
+    count, brackets = shape
+    uniform = per_seed(torch.rand, (count, 2 + brackets), generators)
+    share, level, rates = uniform.split((1, 1, brackets), 2)
+    return rates.lerp(level, share)
+
+
+def write_schedules(folder: Path, env: Economy, schedules: dict[int, Sequence[float]]) -> None:
+    """schedule.csv and schedule.json of marginal rates [brackets] by seed; `read_schedules` reads either."""
+    rows = []
+    for seed, rates in schedules.items():
+        for bracket, (cutoff, rate) in enumerate(zip(env.cutoffs, rates)):
+            rows.append({"seed": seed, "bracket": bracket, "from_coin": cutoff, "rate": rate})
+    runs.write_rows(folder / "schedule.csv", rows)
+    facts = {"env_id": env.env_id, "period": env.period, "cutoffs": env.cutoffs}
+    with runs.written(folder / "schedule.json") as file:
+        json.dump(facts | {"schedules": schedules}, file, indent=2)
+
+
+def read_schedules(path: str | Path) -> dict[int, tuple[float, ...]]:
+    """Marginal rates [brackets] by seed, of a schedule.json or schedule.csv. Raise ValueError if it is no such file."""
+    try:
+        if Path(path).suffix == ".json":
+            table = json.loads(Path(path).read_text(encoding="utf-8"))["schedules"]
+        else:
+            table = {}
+            for row in runs.read_rows(path):
+                table.setdefault(row["seed"], []).append(row["rate"])
+        schedules = {int(seed): tuple(map(float, rates)) for seed, rates in table.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"no schedule of marginal rates in {path}: {error!r}") from None
+    rates = list(itertools.chain(*schedules.values()))
+    if not rates or not all(0 <= rate <= 1 for rate in rates):
+        raise ValueError(f"marginal rates must be between 0 and 1, got {rates} in {path}")
+    return schedules
+
+
 # ------------------------------------------------------------------------------------------- what episodes come to
 
+
+@dataclass
+class Layout:
+    """How the environments of S runs lie in a wide batch [..., S * L * B]: L slices, in each the B environments of a
+    run, of which blocks of B / copies are copies of the same games."""
+
+    num_runs: int
+    num_slices: int
+    copies: int
+
+    def repeat(self, x: Tensor) -> Tensor:
+        """[..., S * B] -> the first block of games of each run in all blocks and slices [..., S * L * B]."""
+        games = x.unflatten(-1, (self.num_runs, self.copies, -1))[..., :1, :]
+        return torch.cat([games] * (self.num_slices * self.copies), -2).flatten(-3)
+
+    def joint(self, x: Tensor) -> Tensor:
+        """[..., S * L * B] -> the last slice, in which nobody deviates [..., S * B]."""
+        return x.unflatten(-1, (self.num_runs, self.num_slices, -1))[..., -1, :].flatten(-2)
+
+    def by_agent(self, x: Tensor) -> Tensor:
+        """[S * L * B, N, ...] -> [S, N, L, B, ...]."""
+        return by_agent(x, self.num_runs).unflatten(2, (self.num_slices, -1))
+
+    def gumbel(self, shape: Sequence[int], generators: list[torch.Generator]) -> Tensor:
+        """Noise [S, n, 1, B, ...] for logits of shape [S, n, L, B, ...], the same in all copies of a game."""
+        _, n, _, B, *rest = shape
+        noise = per_seed(gumbel, (n, 1, B // self.copies, *rest), generators)
+        return torch.cat([noise] * self.copies, 3)
+
+
+def of_all(function: Callable[[Tensor], Tensor], state: State) -> State:
+    """The state of which each tensor is function(that of `state`)."""
+    return State(**{name: function(x) for name, x in vars(state).items()})
+
+
+def filmed(env: Economy) -> tuple[Callable, list[np.ndarray]]:
+    """env.step, and a list of some 125 pictures of environment 0 in an episode, which fills as it is called."""
+    frames = []
+    count = itertools.count()
+
+    def step(state: State, *rest) -> tuple:
+        if next(count) % max(1, env.horizon // 125) == 0:
+            frames.append(env.render(state, 0))
+        return env.step(state, *rest)
+
+    return step, frames
+
+
 FACTS = ("coin", "labor", "payment", "houses", "income", "rates")  # of E episodes, see `describe`
+
+
+def facts(env: Economy, last: State, tax_days: Sequence[State], num_runs: int) -> dict[str, Tensor]:
+    """FACTS of episodes that ended in `last`, with states after each of D tax days: [S, N, E], rates [S, b, E, D]."""
+    houses = [int_sum(last.tiles == HOUSE + i) for i in range(env.num_agents)]
+    found = {
+        "coin": env.endowment(last),
+        "labor": last.labor,
+        "payment": last.payment,
+        "houses": torch.stack(houses),
+        "income": sum(day.last_income for day in tax_days),
+    }
+    found = {name: x.unflatten(1, (num_runs, -1)).movedim(1, 0) for name, x in found.items()}
+    rates = torch.stack([day.rates for day in tax_days], 2)
+    return found | {"rates": rates.unflatten(1, (num_runs, -1)).movedim(1, 0)}
+
+
+def charts(episodes: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Metrics [S] of episodes: `describe`, and the returns of agents and planner, rewards [S, n, E, T]."""
+    metrics = {f"charts/{name}": values for name, values in describe(episodes).items()}
+    metrics["charts/episodic_return"] = episodes["rewards"].sum(3).mean((1, 2))
+    metrics["charts/planner_return"] = episodes["planner_rewards"].sum(3).mean((1, 2))
+    return metrics
 
 
 def describe(facts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -1127,16 +1319,25 @@ def by_skill(facts: dict[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: coin.gather(0, order).mean(1).numpy() for name, coin in sources.items()}
 
 
-def report(
-    run: runs.Run,
-    env: Economy,
-    etas: Sequence[float],
-    tests: dict[str, Tensor],
-    training: dict[str, Tensor],
-    labels: dict,
-):
-    """What a run has found, facts of test episodes by eta [Q, S, ...] and of those in training [S, ...]: a table on the
-    terminal, welfare.csv and report.png in the run's folder, and in wandb. `labels` are the first columns."""
+def check_epsilon(regrets: Moments, args) -> None:
+    """Say so if the standard error of the regrets of ERMAS's agents is above args.epsilon / 2: then chance decides
+    whether a regret exceeds epsilon."""
+    _, error = regrets.mean_and_error(args.regret_decay)
+    if args.method == "ermas" and error.max() > args.epsilon / 2:
+        print(
+            f"epsilon {args.epsilon:g} is not measurable with {args.num_envs} environments: "
+            f"the standard error of an agent's regret is {error.max():.2g} a step, more than half of it"
+        )
+
+
+def report(run: runs.Run, env: Economy, args, tests: dict[str, Tensor]) -> None:
+    """What a run has found, facts of test episodes by args.eval_eta [Q, S, ...]: a table on the terminal, welfare.csv,
+    schedule.csv, schedule.json and report.png in the run's folder, and in wandb. Rates and incomes are those of the eta
+    that is nearest to the ones in training, env.eta."""
+    etas = args.eval_eta
+    labels = {"env_id": args.env_id, "method": args.method}
+    if args.method == "ermas":
+        labels["epsilon"] = args.epsilon
     rows = []
     for k, seed in enumerate(run.seeds):
         for q, eta in enumerate(etas):
@@ -1158,15 +1359,17 @@ def report(
             half = f" ± {half_interval(values[:, q]):.2g}" if several else ""
             line += f"{f'{values[:, q].mean():.3g}{half}':>18s}"
         print(line)
-    rates = {"training": training["rates"]}
-    for q, eta in enumerate(etas):
-        rates[f"eta {eta:g}"] = tests["rates"][q]
+    trained = env.eta.flatten().tolist()
+    nearest = min(range(len(etas)), key=lambda q: abs(etas[q] - sum(trained) / len(trained)))
+    schedules = tests["rates"][nearest].double().mean((2, 3)).tolist()
+    write_schedules(run.dir, env, dict(zip(run.seeds, schedules)))
+    rates = {f"eta {eta:g}": tests["rates"][q] for q, eta in enumerate(etas)}
     figure = new_figure(17, 3.8)
     welfare, parts, schedule, income = figure.subplots(1, 4)
-    plot_welfare(welfare, etas, table["welfare"], env.eta.item())
+    plot_welfare(welfare, etas, table["welfare"], (min(trained), max(trained)))
     plot_parts(parts, etas, table)
     plot_rates(schedule, env.cutoffs, rates)
-    plot_income(income, by_skill(training))
+    plot_income(income, by_skill({name: values[nearest] for name, values in tests.items()}))
     figure.suptitle(f"{title}, {over}")
     with runs.written(run.dir / "report.png", "wb") as file:
         figure.savefig(file, dpi=100)
@@ -1174,11 +1377,12 @@ def report(
     runs.log_report(run, {"welfare": tables}, {"report": run.dir / "report.png"})
 
 
-def plot_welfare(axis, etas: Sequence[float], welfare: np.ndarray, eta_train: float):
+def plot_welfare(axis, etas: Sequence[float], welfare: np.ndarray, trained: Sequence[float]):
     """Welfare [S, Q] of new agents, with 95% intervals over seeds (ERMAS, Figure 6)."""
     half = np.nan_to_num(half_interval(welfare))
     axis.errorbar(etas, welfare.mean(0), half, marker="o", capsize=3)
-    axis.axvline(eta_train, color="gray", ls="--", lw=1)
+    for eta in trained:
+        axis.axvline(eta, color="gray", ls="--", lw=1)
     axis.set(xlabel="eta of the test's agents", title="equality x productivity")
 
 
@@ -1207,7 +1411,7 @@ def plot_income(axis, sources: dict[str, np.ndarray]):
         axis.bar(range(len(coin)), coin, bottom=bottom, label=name)
         low = low + np.minimum(coin, 0)
         high = high + np.maximum(coin, 0)
-    axis.set(xlabel="agents, the worst builder first", title="coin in an episode of training, by source")
+    axis.set(xlabel="agents, the worst builder first", title="coin in an episode, by source")
     axis.set_xticks(range(len(low)))
     axis.axhline(0, color="black", lw=0.8)
     axis.legend(fontsize=8)

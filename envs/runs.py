@@ -417,6 +417,19 @@ def load(path: Path) -> dict:
         raise ValueError(f"{path} is no readable checkpoint: {reason or type(error).__name__}") from None
 
 
+def load_part(path: str | Path, part: str, args, names: list[str]) -> dict:
+    """A file of another run that holds `part`. Raise ValueError if it does not, or arguments `names` differ there."""
+    saved = load(Path(path))
+    if part not in saved:
+        raise ValueError(f"{part} is missing in {path}")
+    given = pack(asdict(args))
+    for name in names:
+        value = saved["args"].get(name)
+        if value != given[name]:
+            raise ValueError(f"--{name.replace('_', '-')} must be {value} as in {path}, got {given[name]}")
+    return saved
+
+
 def restore(live: dict, saved: dict, name: str = "checkpoint") -> None:
     """Copy what `save` packed into the tensors, generators and optimisers of `live`, in place. Raise ValueError with
     the key that is missing or of another size. Generators of another kind of device begin anew."""
@@ -539,7 +552,7 @@ def log_report(run: Run, tables: dict[str, list[list[dict]]], pictures: dict[str
             yield own
 
     if run.wandb_runs:
-        log_wandb(run, contents(), run.rows[-1]["global_step"])
+        log_wandb(run, contents(), run.rows[-1]["global_step"] if run.rows else 0)
 
 
 def finish_wandb(run: Run) -> None:

@@ -144,9 +144,12 @@ OTHERS = {"--help", "--nproc-per-node"}  # of tyro and torchrun
 
 @pytest.mark.parametrize("path", [path for path in PAGES if path.name != "CHANGELOG.md"], ids=lambda path: path.name)
 def test_flags_exist(path):
-    """In the file that the same piece of code names, or in the page's own script, or in any of ours."""
+    """In the file that the same piece of code names, or in the page's own script or what that imports, or in any of
+    ours."""
     files = [file for part in ("", "baselines/", "benchmarks/", "envs/") for file in ROOT.glob(f"{part}*.py")]
-    own = [file for file in SCRIPTS if file.stem == path.stem] or files
+    own = [file for file in SCRIPTS if file.stem == path.stem]
+    own += [file for file in files if own and f"envs/{path.stem.split('_')[-1]}.py" in str(file)]
+    own = own or files
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
     for code in re.findall(r"`([^`]+)`", text):
         named = [file for file in files if file.name in code] or own

@@ -359,6 +359,55 @@ def test_orders_need_slots_and_means():
 # ----------------------------------------------------------------------------------------------------------- taxes
 
 
+def test_fixed_rates_of_each_environment():
+    rates = torch.tensor([[0.1] * 7, [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]])
+    env = make(num_envs=2, tax="fixed", fixed_rates=rates)
+    state, _ = env.reset([torch.Generator(DEVICE).manual_seed(0)])
+    torch.testing.assert_close(state.rates.T.cpu(), rates.to(env.dtype))
+    wide = economy.repeat_runs(env, 2, 3)  # each of two runs three times
+    assert wide.num_envs == 6 and torch.equal(wide.fixed_rates, rates.repeat_interleave(3, 0))
+    same = make(num_envs=2)
+    assert economy.repeat_runs(same, 2, 3) is same
+
+
+def test_constants_of_environments_repeat_with_their_runs():
+    eta = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    wide = economy.repeat_runs(make(num_envs=4, eta=eta), 2, 2)
+    torch.testing.assert_close(wide.eta.cpu().float(), torch.tensor([0.1, 0.2, 0.1, 0.2, 0.3, 0.4, 0.3, 0.4]))
+
+
+def test_random_schedules_are_a_mixture():
+    """Uniform for all brackets and for each: the brackets of a schedule go together, and schedules differ."""
+    rates = economy.random_schedules((4000, 7), [torch.Generator().manual_seed(k) for k in range(2)])
+    assert rates.shape == (2, 4000, 7) and rates.min() >= 0 and rates.max() <= 1
+    correlation = torch.corrcoef(rates[0].T)[0, 1]  # of two brackets: a third of the variance (E s^2 = E (1 - s)^2)
+    assert abs(correlation - 0.5) < 0.05 and abs(rates.mean() - 0.5) < 0.02
+    assert not torch.equal(rates[0], rates[1])
+
+
+def test_schedules_of_files(tmp_path):
+    """What is written is read, from either file; what is no schedule is refused by name."""
+    schedules = {5: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 6: [0.0] * 6 + [1.0]}
+    economy.write_schedules(tmp_path, make(), schedules)
+    for name in ("schedule.csv", "schedule.json"):
+        read = economy.read_schedules(tmp_path / name)
+        assert {seed: list(rates) for seed, rates in read.items()} == schedules
+    bad = {
+        "a.json": '{"rates": [1]}',
+        "b.json": "[",
+        "c.csv": "seed,rate\n1,x\n",
+        "d.csv": "seed,tax\n1,0.5\n",
+        "e.csv": "seed,rate\n1,1.5\n",
+        "f.csv": "",
+    }
+    for name, text in bad.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=name):
+            economy.read_schedules(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        economy.read_schedules(tmp_path / "none.csv")
+
+
 def test_tax_day_by_hand():
     """Brackets from 0, 10, 20 at 10 %, 50 %, 100 %: incomes 5, 14, 25 and -3 owe 0.5, 3, 11 and 0."""
     env = make(tax="fixed", fixed_rates=[0.1, 0.5, 1.0], cutoffs=[0.0, 10.0, 20.0], period=1, horizon=5)
@@ -620,20 +669,22 @@ def test_observations_by_hand():
     obs = env.observe(state)[0]
     P, b, N = 11, 7, 4
     flat = 14 + 10 * P + b + N
-    assert obs.shape == (4, env.obs_sizes[0]) and env.obs_sizes == (flat + 1 + 9 + 6 + 125,) * 4
+    assert obs.shape == (4, env.obs_sizes[0]) and env.obs_sizes == (flat + 2 + 9 + 6 + 125,) * 4
     original = env.original_obs(state)["flat"][0]
     original = torch.cat((original[:, :1], original[:, 2:]), 1)
     scale = torch.ones(flat, dtype=env.dtype, device=DEVICE)
     scale[1 + 4 * P : 3 + 4 * P], scale[3 + 8 * P : 3 + 10 * P], scale[-4:-2] = 0.1, 10.0, 10.0
     torch.testing.assert_close(obs[:, :flat], original * scale, rtol=1e-6, atol=1e-7)
     assert obs[0, 1 + 4] == 1 and obs[2, 1 + 4] == 0  # somebody else's ask of stone at 4
-    income, others, nearest, window = obs[0, flat:].split((1, 9, 6, 125))
-    assert income.item() == pytest.approx(2.5)
+    income, owed, others, nearest, window = obs[0, flat:].split((1, 1, 9, 6, 125))
+    assert income.item() == pytest.approx(2.5) and owed.item() == 0
+    taxed = dataclasses.replace(state, rates=state.rates + 0.5)  # a quarter of the tax comes back
+    assert env.observe(taxed)[0, :, flat + 1].tolist() == pytest.approx([0.75 * 25 / 20] + [-0.25 * 25 / 20] * 3)
     # agents 1, 2 and 3 from (1, 2): (2, 0), out of sight, (-1, -2)
     assert others.tolist() == pytest.approx([2 / 4, 0, 1, 0, 0, 0, -1 / 4, -2 / 4, 1])
     # stone at (0, 1), (1, 0) at distance 2, wood at (1, 1)
     assert nearest.tolist() == pytest.approx([-1 / 4, -1 / 4, 1, 0, -1 / 4, 1])
-    assert not obs[2, flat + 10 : flat + 16].any()  # all too far, some in their columns only
+    assert not obs[2, flat + 11 : flat + 17].any()  # all too far, some in their columns only
     stone, wood, source, house, blocked = window.view(5, 5, 5).tolist()
     assert (stone[1][1], stone[2][0], wood[2][1], sum(map(sum, stone))) == (1, 1, 1, 2)
     assert source[3][2] == 1 and sum(map(sum, source)) == 2  # (2, 2), and (0, 0), which agent 3 has emptied

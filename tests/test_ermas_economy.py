@@ -30,15 +30,26 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MAKE = envs.make
 SHORT = dict(horizon=20, period=5, start_coin=8.0)  # of the games here; with coin agents trade at once
 # written out so that tests with numbers of these do not depend on defaults
-SMALL = dict(num_envs=2, hidden_size=8, planner_hidden_size=8, num_minibatches=2, update_epochs=1, planner_epochs=1)
+SMALL = dict(num_envs=2, hidden_size=8, planner_hidden_size=8, num_minibatches=2, update_epochs=1)
 SMALL |= dict(num_seeds=2, trust_batch_size=16, cg_steps=3, eval_eta=(0.1, 0.3), eval_episodes=2)
-SMALL |= dict(phase_one_timesteps=160, phase_two_timesteps=240, eval_timesteps=80)  # an iteration has 80
+SMALL |= dict(
+    phase_one_timesteps=160, response_steps=80, phase_two_timesteps=240, eval_timesteps=80
+)  # an iteration: 80
 SMALL |= dict(log_interval=80, checkpoint_interval=160, wandb_mode="disabled")
-SMALL |= dict(seed=1, eta_train=0.23, labor_constant=300.0, tax_annealing=0.5, rate_step=0.25, activation="tanh")
+SMALL |= dict(
+    seed=1,
+    eta_train=(0.23,),
+    planner="policy",
+    planner_gae_lambda=0.95,
+    labor_constant=300.0,
+    tax_annealing=0.5,
+    rate_step=0.25,
+    activation="tanh",
+)
 SMALL |= dict(learning_rate=2e-3, planner_learning_rate=1e-3, gamma=0.99, gae_lambda=0.95, clip_coef=0.2, vf_coef=0.5)
 SMALL |= dict(ent_coef=0.025, planner_ent_coef=0.1, planner_ent_coef_end=0.01, value_decay=0.9, max_grad_norm=0.5)
 SMALL |= dict(epsilon=0.02, beta=0.4, lambda_init=1.0, lambda_lr=10.0, lambda_damping=100.0, lambda_max=20.0)
-SMALL |= dict(clamp_regret=True, inner_steps=1, rho=0.05, meta_gradient="fomaml", cg_damping=1e-2, warmup=0.1)
+SMALL |= dict(regret_decay=0.9, inner_steps=1, rho=0.05, meta_gradient="fomaml", cg_damping=1e-2, warmup=0.1)
 close = torch.testing.assert_close
 
 
@@ -66,9 +77,11 @@ def small_problem(phase="two", fields=None, **options) -> SimpleNamespace:
     S, normal = args.num_seeds, torch.Generator(DEVICE).manual_seed(0)
     env = script.make_env(args, S, phase, DEVICE)
     learner = script.make_learner(env, script.make_streams(args, DEVICE), args)
-    for net in learner.nets.values():
+    for net in [net for net in learner.nets.values() if isinstance(net, MLP)]:
         net.flat.detach().add_(0.1 * torch.randn(net.flat.shape, generator=normal, device=DEVICE))
     for name, moments in learner.moments.items():
+        if name == "regrets":
+            continue
         heads = {"agents": 2, "planner": 1}[name]
         mean, std = (torch.rand(S, heads, generator=normal, device=DEVICE) for _ in range(2))
         moments.flat.copy_(0.6 * torch.stack([mean, mean**2 + (1 + std) ** 2, torch.ones_like(mean)], 2))
@@ -82,10 +95,15 @@ def fork(p) -> script.Learner:
     return dataclasses.replace(p.learner, moments=moments, streams=again(p.learner.streams))
 
 
-def play(p, deviations=None, learner=None, step=None):
+def task_of(p, step=None, **options) -> script.Task:
+    step = step or p.env.step
+    return script.Task(p.env, dataclasses.replace(p.args, **options), step, step)
+
+
+def play(p, deviations=None, learner=None, step=None, stage="full"):
     """(the joint policy's episodes, those of deviating agents, the last state)"""
     learner = learner or fork(p)
-    episodes, own = script.rollout(script.Task(p.env, step or p.env.step, p.args), learner, deviations)
+    episodes, own = script.rollout(task_of(p, step), learner, stage, deviations)
     return episodes, own, learner.last
 
 
@@ -126,7 +144,7 @@ def test_rewards_are_changes_of_utility_and_welfare(phase):
     p = small_problem(phase, dict(horizon=100, period=20, start_coin=0.0), num_envs=6)
     episodes, own, last = play(p)
     assert not own and episodes["obs"].shape[:4] == (2, 4, 6, 100)
-    coin, labor, eta = (episodes["coin"].transpose(1, 2), episodes["labor"].transpose(1, 2), p.args.eta_train)
+    coin, labor, eta = (episodes["coin"].transpose(1, 2), episodes["labor"].transpose(1, 2), p.args.eta_train[0])
     assert torch.equal(coin.flatten(0, 1).T, p.env.endowment(last)) and coin.max() > 20
     welfare = [equality_by_hand(c) * sum(c) / 4 for c in coin.flatten(0, 1).tolist()]
     close(episodes["planner_rewards"].sum(3).flatten(), torch.tensor(welfare, device=DEVICE))
@@ -248,6 +266,163 @@ def test_the_highest_rates_rise_with_the_episodes_of_phase_two():
     assert small_problem(tax_annealing=0.0).env.tax_warmup is None
 
 
+# -------------------------------------------------------------------------------------------------- schedules of rates
+
+
+@pytest.mark.parametrize("stage", ["full", "warm-up", "response", "probe"])
+def test_schedules_are_held_and_come_in_antithetic_pairs(stage):
+    """The second half of a run's environments has the mirrored rates, and plays by the same random numbers."""
+    p = small_problem(planner="schedule", num_envs=6, rates=(0.3,), planner_std=0.1, tax_annealing=0.0)
+    with torch.no_grad():  # so that agents do not see the rates
+        weight, _ = p.nets["agents"].layers()[0]
+        weight[:, :, 1:] = 0.0
+    episodes, _, last = play(p, stage=stage)
+    drawn = episodes["planner_actions"][:, 0, :, 0]  # [S, B, b]
+    one, two = drawn.chunk(2, 1)
+    center = 0.6 if stage in ("full", "warm-up") else 1.0
+    close(one + two, torch.full_like(one, center))
+    limited = drawn.clamp(0, 1)
+    for d in range(4):  # every tax period
+        close(episodes["rates"][..., d].mT, limited)
+    first, second = episodes["actions"][..., :5].chunk(2, 2)
+    assert torch.equal(first, second)  # until the first tax day
+    assert not torch.equal(*last.coin.view(4, 2, 2, 3)[:, 0].unbind(1))
+    if stage == "probe":
+        assert (one == 0.25).all()
+    else:
+        assert one.std(1).min() > 0.01 and not torch.equal(one[0], one[1])
+
+
+def test_the_planner_is_deterministic_where_agents_are_selfish():
+    p = small_problem(planner="schedule", rates=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), tax_annealing=0.0)
+    episodes, _, _ = play(p, stage="selfish")
+    close(episodes["rates"], torch.linspace(0.1, 0.7, 7).view(1, 7, 1, 1).expand(2, 7, 2, 4))
+    first, second = episodes["actions"].unbind(2)
+    assert not torch.equal(first, second)  # other games
+    p = small_problem()  # the likeliest choice of a policy
+    episodes, _, _ = play(p, stage="selfish")
+    logp = script.log_policy(p.nets["planner"], *(episodes[f"planner_{x}"].flatten(2, 3) for x in ("obs", "valid")))
+    assert torch.equal(logp.argmax(4), episodes["planner_actions"].flatten(2, 3))
+
+
+def some_schedule(S=2, b=3):
+    flat = torch.cat((torch.rand(S, 8), -1 - torch.rand(S, 8)), 1)
+    return script.Schedule(flat.double().requires_grad_(), b)
+
+
+def test_gradient_of_schedules_by_hand():
+    """Score function times advantage, mean over environments, of means and of logarithms of standard deviations."""
+    planner = some_schedule()
+    mean, log_std = (x.detach() for x in planner.mean_and_log_std())
+    rates, advantages = torch.rand(2, 5, 3).double(), torch.randn(2, 5).double()
+    loss, metrics = script.schedule_loss(planner, rates, advantages, 0.3)
+    (gradient,) = torch.autograd.grad(loss, planner.flat)
+    noise = (rates - mean) / log_std.exp()
+    weight = advantages.unsqueeze(2)
+    close(gradient[:, :3], -(weight * noise / log_std.exp()).mean(1))
+    close(gradient[:, 8:11], -(weight * (noise.square() - 1)).mean(1) - 0.3)
+    assert not gradient[:, 3:8].any() and not gradient[:, 11:].any()
+    close(metrics["losses/planner_entropy"], log_std.sum((1, 2)))
+
+
+def test_gradient_of_schedules_is_that_of_the_expected_welfare():
+    """Against finite differences, in closed form, of E w = -sum (rate - best)^2: what is even in the noise drops out of
+    the gradient of the means in antithetic pairs, and so does chance that both of a pair have in common."""
+    planner = some_schedule(S=1)
+    best = torch.tensor([0.2, 0.5, 0.9]).double()
+
+    def expected(flat):
+        mean, log_std = dataclasses.replace(planner, flat=flat).mean_and_log_std()
+        return -((mean - best).square() + (2 * log_std).exp()).sum()
+
+    def estimated(noise, luck=0.0):
+        mean, log_std = (x.detach() for x in planner.mean_and_log_std())
+        rates = mean + log_std.exp() * noise
+        welfare = -(rates - best).square().sum(2) + luck
+        loss, _ = script.schedule_loss(planner, rates, welfare - welfare.mean(1, keepdim=True), 0.0)
+        return -torch.autograd.grad(loss, planner.flat)[0]
+
+    exact = torch.zeros(16).double()
+    for k in (0, 1, 2, 8, 9, 10):
+        step = 1e-4 * F.one_hot(torch.tensor([k]), 16).double()
+        with torch.no_grad():
+            exact[k] = (expected(planner.flat + step) - expected(planner.flat - step)) / 2e-4
+    noise = torch.randn(1, 100_000, 3).double()
+    pairs = estimated(torch.cat((noise, -noise), 1))[0]
+    close(pairs[:3], exact[:3], rtol=0.03, atol=0.01)
+    close(pairs[8:11], exact[8:11], rtol=0.1, atol=0.03)
+    games = torch.randn(2, 500, 1, 64).double()  # as much chance in a game as schedules make a difference
+    errors = 0.0
+    for half, luck in zip(torch.randn(500, 1, 32, 3).double(), games[0, :, :, :32]):
+        errors += (estimated(torch.cat((half, -half), 1), luck.repeat(1, 2))[0, :3] - exact[:3]).norm()
+    others = 0.0
+    for noise, luck in zip(torch.randn(500, 1, 64, 3).double(), games[1]):
+        others += (estimated(noise, luck)[0, :3] - exact[:3]).norm()
+    assert errors < 0.7 * others
+
+
+def test_a_planner_finds_the_best_rates_of_a_toy():
+    """Welfare falls with the squared distance to rates of 0.7, and noise is as large as what a schedule changes."""
+    p = small_problem(planner="schedule", num_envs=32, rates=(0.2,), planner_std=0.2)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    for _ in range(150):
+        script.anneal(p.learner, "one", 0.0, dataclasses.replace(p.args, planner_learning_rate=0.02))
+        rates = script.draw_schedules(task_of(p), p.learner, "full")
+        welfare = -(rates - 0.7).square().sum(2) + 0.2 * torch.randn(2, 32, generator=generator)
+        episodes = {"planner_rewards": welfare.view(2, 1, 32, 1), "planner_actions": rates.view(2, 1, 32, 1, 7)}
+        script.plan_schedules(task_of(p), p.learner, episodes)
+    mean, _ = p.nets["planner"].mean_and_log_std()
+    assert (mean - 0.7).abs().mean() < 0.1
+    for _ in range(150):  # rates stay rates
+        rates = script.draw_schedules(task_of(p), p.learner, "full")
+        episodes = {"planner_rewards": rates.sum(2).view(2, 1, 32, 1), "planner_actions": rates.view(2, 1, 32, 1, 7)}
+        script.plan_schedules(task_of(p), p.learner, episodes)
+    assert p.nets["planner"].mean_and_log_std()[0].max() <= 1
+
+
+def test_rates_of_the_command_line(tmp_path):
+    """One, one per bracket, one per bracket and seed, or of a file; else the flag is named."""
+    b = 7
+    own = tuple(k / 20 for k in range(2 * b))
+    expected = {(0.3,): [[0.3] * b] * 2, own[:b]: [list(own[:b])] * 2, own: [list(own[:b]), list(own[b:])]}
+    for rates, rows in expected.items():
+        p = small_problem(planner="schedule", method="fixed", rates=rates)
+        close(p.nets["planner"].mean_and_log_std()[0].squeeze(1), torch.tensor(rows))
+        close(p.env.schedule.T.view(2, 2, b)[:, 0].to(DEVICE), torch.tensor(rows))
+    torch.set_default_device(None)
+    economy.write_schedules(tmp_path, p.env, {1: own[:b], 2: own[b:]})
+    for name in ("schedule.csv", "schedule.json"):
+        assert Args(rates=str(tmp_path / name), num_envs=2).rates == own
+    with pytest.raises(ValueError, match="--rates must be one"):
+        small_problem(method="fixed", rates=(0.1, 0.2))
+
+
+def test_a_range_of_eta():
+    """Even over environments, the same in both of a pair; a deviation plays in copies of these environments."""
+    p = small_problem(eta_train=(0.1, 0.3), num_envs=4, planner="schedule")
+    close(p.env.eta, torch.tensor([0.1, 0.3] * 4))
+    found, learner, metrics = turn_task(p, script.make_task(p.env, p.args, 2))
+    assert learner.last.coin.shape == (4, 8) and metrics["ermas/deviation_kl"].min() > 0
+    wide = script.make_task(p.env, p.args, 2).wide_step.__self__
+    close(wide.eta, torch.tensor([0.1, 0.3] * 20))
+
+
+def test_flags_of_the_economy():
+    options = dict(objective="inverse_income_coin", labor_coef=0.4, num_agents=3, period=4, cutoffs=(0.0, 5.0))
+    p = small_problem(planner="schedule", **options)
+    env = p.env
+    assert (env.objective, env.num_agents, env.period, env.cutoffs) == ("inverse_income_coin", 3, 4, (0.0, 5.0))
+    assert env.labor_coef.item() == pytest.approx(0.4)
+    episodes, _, _ = play(p)
+    assert episodes["rewards"].shape[:2] == (2, 3) and episodes["rates"].shape == (2, 2, 2, 5)
+    coin = episodes["coin"]  # [S, N, B]
+    weight = 1 / coin.clamp_min(1)
+    close(
+        script.economy.charts(episodes)["charts/planner_return"] + 8.0,
+        (weight / weight.sum(1, keepdim=True) * coin).sum(1).mean(1),
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------- deviations
 
 
@@ -266,8 +441,8 @@ def test_each_slice_has_one_deviation():
     valid[..., 0] = True
     deviations = copies(p)
     deviations.flat += 0.1 * torch.randn(deviations.flat.shape)
-    found = script.act(p.nets["agents"], deviations, obs, valid, again(p.learner.streams)["games"])
-    noise = envs.per_seed(envs.gumbel, (4, 3, valid.shape[-1]), again(p.learner.streams)["games"])
+    noise = envs.per_seed(envs.gumbel, (4, 3, valid.shape[-1]), p.learner.streams["games"])
+    found = script.act(p.nets["agents"], deviations, obs, valid, noise.unsqueeze(2))
     for s, n, l, b in itertools.product(range(2), range(4), range(5), range(3)):
         net, row = (deviations, 4 * s + n) if l == n else (p.nets["agents"], s)
         z = torch.where(valid[s, n, l, b], plain(net, row, obs[s, n, l, b]), -1e9).log_softmax(0)
@@ -380,19 +555,18 @@ def test_deviations_and_their_gradients_by_hand():
     first, _, after = play(p)
 
     def deviate(**options):
-        task = script.Task(p.env, p.env.step, dataclasses.replace(p.args, **options))
-        return script.deviate(task, dataclasses.replace(fork(p), last=after), first)
+        return script.deviate(task_of(p, **options), dataclasses.replace(fork(p), last=after), first)
 
-    (fomaml, joint), (reptile, _) = deviate(), deviate(meta_gradient="reptile", clamp_regret=False)
+    (fomaml, joint), (reptile, _) = deviate(), deviate(meta_gradient="reptile")
     kl, regrets = fomaml["kl"], reptile["regrets"]
     assert len(joint) == 2 and fomaml["gradient"].shape == (2, 4, p.nets["agents"].flat.shape[1])
     assert (kl <= 0.2).all() and kl.max() > 0.05 and regrets.min() < 0 < regrets.max()
-    assert torch.equal(fomaml["regrets"], regrets.clamp_min(0))
+    assert torch.equal(fomaml["regrets"], regrets)
     for s, i in itertools.product(range(2), range(4)):
         (g1, g2, g3), gains, size = by_hand(p, first, dataclasses.replace(fork(p), last=after), s, i)
         close(fomaml["gradient"][s, i], g3, rtol=1e-6, atol=1e-9)
         close(reptile["gradient"][s, i], (g1 + g2) / 2, rtol=1e-6, atol=1e-9)
-        close(regrets[s, i], max(gains), rtol=1e-6, atol=1e-9)
+        close(regrets[s, i], gains[-1], rtol=1e-6, atol=1e-9)
         close(kl[s, i], size, rtol=1e-6, atol=1e-9)
         assert not torch.allclose(g1, g3, rtol=0.01) and gains[0] != gains[1]
 
@@ -474,11 +648,11 @@ def test_samples_of_agents_by_hand():
 @pytest.mark.parametrize("horizon", [20, 18])
 def test_samples_of_the_planner_by_hand(monkeypatch, horizon):
     """A decision is paid the change of welfare until the next one, which is five steps away."""
-    p = small_problem(gamma=0.9, gae_lambda=0.7, fields=dict(horizon=horizon))
+    p = small_problem(gamma=0.9, planner_gae_lambda=0.7, fields=dict(horizon=horizon))
     joint, _, _ = play(p)
     before, seen = fork(p).moments["planner"], []
     monkeypatch.setattr(script, "improve", lambda learner, name, samples, *rest: seen.append(samples))
-    script.plan(script.Task(p.env, p.env.step, p.args), p.learner, joint)
+    script.plan(task_of(p), p.learner, joint)
     (batch,) = seen
     assert batch["returns"].shape == (2, 1, 8, 1) and joint["planner_rewards"].abs().max() > 0.01
     for s in range(2):
@@ -554,10 +728,10 @@ def test_losses_by_hand(who):
 
 @pytest.mark.parametrize("minibatches", [2, 5])
 def test_all_samples_are_used_once_in_an_epoch(minibatches):
-    p = small_problem(num_minibatches=minibatches)
+    p = small_problem(num_minibatches=minibatches, update_epochs=3)
     samples = {"advantages": torch.arange(20.0).view(2, 1, 10), "obs": torch.arange(60.0).view(2, 1, 10, 3)}
     seen = []
-    for batch in script.minibatches(samples, 3, again(p.learner.streams)["minibatches"], p.args):
+    for batch in script.minibatches(samples, again(p.learner.streams)["minibatches"], p.args):
         assert torch.equal(batch["obs"][..., 0], 3 * batch["advantages"])  # entries of a sample stay together
         seen.append(batch["advantages"].squeeze(1))
     epochs = torch.cat(seen, 1).unflatten(1, (3, 10))
@@ -590,6 +764,57 @@ def test_gradients_are_clipped_one_by_one_and_metrics_are_means(monkeypatch):
 ONE_STEP = dict(num_minibatches=1, max_grad_norm=1e9, rho=0.5)  # of the optimiser, and nothing clipped
 
 
+def turn_task(p, task):
+    learner = fork(p)
+    learner.optimizers = script.make_optimizers(learner.nets)
+    script.anneal(learner, "two", 0.0, p.args)
+    metrics = script.update(task, learner, "full")
+    return learner.nets, learner, metrics
+
+
+def test_running_regret():
+    """Signed, and its error is that of a weighted mean of as many iterations."""
+    moments = envs.Moments(torch.zeros(2, 4, 3, dtype=torch.float64))
+    regrets, decay = 0.005 * torch.randn(60, 2, 4, dtype=torch.float64), 0.95
+    for regret in regrets:
+        moments.update(regret[..., None, None], decay)
+    mean, error = moments.mean_and_error(decay)
+    weight = decay ** torch.arange(59, -1, -1.0).double()
+    weight = (weight / weight.sum()).view(60, 1, 1)
+    expected = (weight * regrets).sum(0)
+    variance = (weight * regrets.square()).sum(0) - expected.square()
+    close(mean.double(), expected, rtol=1e-4, atol=1e-7)
+    close(error.double(), (variance * weight.square().sum()).sqrt(), rtol=1e-3, atol=1e-7)
+    assert mean.min() < 0 < mean.max() and error.max() < 0.005 / 4
+
+
+def test_an_epsilon_that_chance_decides_is_named(capsys):
+    moments = envs.Moments(torch.zeros(1, 4, 3, dtype=torch.float64))
+    for k in range(40):
+        moments.update(torch.full((1, 4, 1, 1), 0.002 + 0.006 * (-1) ** k), 0.95)
+    economy.check_epsilon(moments, Args(epsilon=0.001, num_envs=8))
+    assert "epsilon 0.001 is not measurable with 8 environments" in capsys.readouterr().out
+    economy.check_epsilon(moments, Args(epsilon=0.01))
+    assert not capsys.readouterr().out
+
+
+def test_the_planner_rests_between_updates_of_the_agents(tmp_path, updates):
+    short_train(tmp_path, agent_updates=2, warmup=0.0, phase_two_timesteps=400)
+    assert [x.stage for x in updates if x.stage not in ("selfish", "response")] == ["full", "agents"] * 2 + ["full"]
+    planner = [x.nets["planner"] for x in updates][-5:]
+    assert torch.equal(planner[1], planner[2]) and not torch.equal(planner[0], planner[1])
+
+
+def test_response_of_agents():
+    """Productivity under 0.75 over that under 0.25, by the same random numbers whenever it is asked for."""
+    p = small_problem(planner="schedule", num_envs=8)
+    learner = fork(p)
+    one, two = (script.probe(task_of(p), learner) for _ in range(2))
+    assert torch.equal(one, two) and one.shape == (2,) and (one > 0).all()
+    before = again(p.learner.streams)["games"][0].get_state()
+    assert torch.equal(learner.streams["games"][0].get_state(), before)  # training's numbers go on
+
+
 def turn(p, stage, lambdas=None, ent_coef=0.0, planner_ent_coef=0.0):
     """(the directions in which the networks go, what training has changed, metrics) of an update"""
     learner = fork(p)
@@ -601,7 +826,7 @@ def turn(p, stage, lambdas=None, ent_coef=0.0, planner_ent_coef=0.0):
         learner.optimizers[name] = SimpleNamespace(step=lambda: None, param_groups=[group])
     for net in p.nets.values():
         net.flat.grad = torch.zeros_like(net.flat)
-    metrics = script.update(script.Task(p.env, p.env.step, p.args), learner, stage)
+    metrics = script.update(task_of(p), learner, stage)
     return {name: -net.flat.grad for name, net in p.nets.items()}, learner, metrics
 
 
@@ -621,7 +846,7 @@ def watched(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["own reward", "warm-up", "ermas"])
 def test_direction_of_the_agents(watched, kind):
-    options = dict(beta=0.6, epsilon=0.05, lambda_damping=60.0, lambda_max=2.5, inner_steps=2)
+    options = dict(beta=0.6, epsilon=0.05, lambda_lr=20.0, lambda_damping=60.0, lambda_max=2.5, inner_steps=2)
     p = small_problem(**ONE_STEP, **options)
     stage = {"own reward": "selfish", "ermas": "full"}.get(kind, kind)
     lambdas = torch.rand(2, 4, generator=torch.Generator().manual_seed(2), device="cpu").to(DEVICE) * 2
@@ -636,9 +861,13 @@ def test_direction_of_the_agents(watched, kind):
     if kind == "ermas":
         outcome, _ = watched.deviations[0]
         gradients, regrets, kl = (outcome[name] for name in ("gradient", "regrets", "kl"))
-        weight = (lambdas + 60.0 * (regrets - 0.05)).clamp(0, 2.5)
+        moments = fork(p).moments["regrets"]  # the running mean decides
+        moments.update(regrets[..., None, None], 0.9)
+        regrets, error = moments.mean_and_error(0.9)
+        close(metrics["ermas/regret_error"], error.mean(1))
+        weight = (lambdas + 60.0 * (regrets.clamp_min(0) - 0.05)).clamp(0, 2.5)
         assert (weight == 2.5).any() and (weight < 2.5).any() and (metrics["ermas/deviation_kl"] == kl.amax(1)).all()
-        expected = (lambdas + p.args.lambda_lr * (regrets - 0.05)).clamp(0, 2.5)  # Eq. (12)
+        expected = (lambdas + p.args.lambda_lr * (regrets.clamp_min(0) - 0.05)).clamp(0, 2.5)  # Eq. (12)
         close(learner.lambdas, expected)
         assert (learner.lambdas == 0).any() or (learner.lambdas == 2.5).any()
     else:
@@ -715,7 +944,7 @@ def short_train(folder, **options):
     args, env, learner = start(**options)
     folder.mkdir(exist_ok=True)
     run = runs.Run(folder, [{"seed": args.seed + k} for k in range(args.num_seeds)])
-    for phase in ("one", "two"):
+    for phase in script.PHASES:
         script.train(phase, learner, args, run, {})
     return learner, read_rows(folder / "metrics.csv")
 
@@ -746,7 +975,14 @@ def updates(monkeypatch):
 
 
 def test_phases_and_warm_up(tmp_path, updates):
-    options = dict(phase_one_timesteps=161, phase_two_timesteps=320, warmup=0.5, labor_constant=50.0, eta_train=0.3)
+    options = dict(
+        phase_one_timesteps=161,
+        phase_two_timesteps=320,
+        warmup=0.5,
+        labor_constant=50.0,
+        eta_train=(0.3,),
+        response_steps=0,
+    )
     learner, rows = short_train(tmp_path, **options)
     one, two = updates[:3], updates[3:]
     planner = [x.nets["planner"] for x in updates] + [learner.nets["planner"].flat]
@@ -774,17 +1010,19 @@ def test_phases_and_warm_up(tmp_path, updates):
     assert torch.equal(saved["critic"].to(DEVICE), two[0].nets["agents_critic"])
 
 
-@pytest.mark.parametrize("method", ["marl", "saez", "us-federal", "free-market"])
+@pytest.mark.parametrize("method", ["marl", "saez", "us-federal", "free-market", "fixed"])
 def test_other_methods_agents_learn_for_themselves(tmp_path, updates, method):
+    """Without a planner there is nothing to learn in phase two, which is skipped."""
     learner, rows = short_train(tmp_path, method=method, warmup=0.0, phase_two_timesteps=160)
-    tax = {"marl": "planner", "saez": "saez", "us-federal": "us", "free-market": "free"}[method]
-    assert [x.env.tax for x in updates] == ["free"] * 2 + [tax] * 2
-    rests = torch.equal(updates[0].nets["planner"], learner.nets["planner"].flat)
-    assert rests == (method != "marl")
+    planned = method == "marl"
+    stages = ["response", "full", "full"] if planned else []
+    assert [x.stage for x in updates] == ["selfish"] * 2 + stages
+    assert [x.env.tax for x in updates] == ["free"] * 2 + ["planner"] * len(stages)
+    assert torch.equal(updates[0].nets["planner"], learner.nets["planner"].flat) != planned
     assert not torch.equal(updates[-1].nets["agents"], learner.nets["agents"].flat)
     assert {row["ermas/lambda"] for row in rows} == {"1.0"} and {row["ermas/local_regret"] for row in rows} == {"0.0"}
-    taxed = {row["charts/tax_rate"] != "0.0" for row in rows if row["charts/phase"] == "2"}
-    assert taxed == {method != "free-market"}
+    assert [row["charts/phase"] for row in rows[4::2]] == (["1.5", "2", "2"] if planned else [])
+    assert (tmp_path / "warm_agents.pt").exists()
 
 
 def test_taxes_for_all_in_the_test(tmp_path, updates):
@@ -827,20 +1065,24 @@ def test_taxes_for_all_in_the_test(tmp_path, updates):
 def test_compiled_only_where_asked(monkeypatch):
     args, env, _ = start()
     monkeypatch.setattr(torch, "compile", lambda f, **options: (f, options))
-    assert script.compiled(env, args) == env.step
+    task = script.make_task(env, args, 2)
+    assert task.step == task.wide_step == env.step
     options = {"fullgraph": True, "dynamic": False, "options": {"comprehensive_padding": False}}
-    assert script.compiled(env, dataclasses.replace(args, compile=True)) == (env.step, options)
+    task = script.make_task(env, dataclasses.replace(args, compile=True), 2)
+    assert task.step == task.wide_step == (env.step, options)
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 OPTIONS = [
     dict(meta_gradient="reptile", inner_steps=2, activation="relu", phase_two_timesteps=300),
-    dict(clamp_regret=False, lambda_damping=0.0, activation="silu", tax_annealing=0.0, num_minibatches=3),
+    dict(regret_decay=0.0, lambda_damping=0.0, activation="silu", tax_annealing=0.0, num_minibatches=3),
     dict(env_id="economy_v0", method="marl", labor_constant=0.0, num_seeds=1),
     dict(warmup=1.0, ent_coef=0.0, vf_coef=0.0, beta=0.0, lambda_init=0.0),
-    dict(warmup=0.0, torch_deterministic=False, hidden_size=5, update_epochs=2, planner_epochs=3),
+    dict(warmup=0.0, torch_deterministic=False, hidden_size=5, update_epochs=2),
     dict(method="saez", num_seeds=1, value_decay=0.0, gamma=1.0, gae_lambda=1.0),
+    dict(planner="schedule", agent_updates=2, warmup=0.0, anneal_lr=False, eta_train=(0.1, 0.3)),
+    dict(planner="schedule", method="marl", objective="inverse_income_utility", num_agents=3, cutoffs=(0.0, 4.0)),
 ]
 
 
@@ -849,16 +1091,18 @@ OPTIONS = [
 def test_every_option_trains(tmp_path, updates, options):
     learner, rows = short_train(tmp_path, **options)
     assert all(math.isfinite(float(value)) for row in rows for value in row.values() if value)
-    assert rows[-1]["charts/phase"] == "2"
+    planned = options.get("method", "ermas") in ("ermas", "marl")
+    assert rows[-1]["charts/phase"] == ("2" if planned else "1")
     moves = {}
     for name, net in learner.nets.items():
         moves[name] = (net.flat - updates[0].nets[name]).abs().amax(1).min() > 1e-4
-    plans = options.get("method", "ermas") in ("ermas", "marl") and options.get("warmup") != 1
+    plans = planned and options.get("warmup") != 1
     assert moves["agents"] and moves["planner"] == plans
 
 
-def test_steps_are_counted(tmp_path, watched):
-    """global_step against the episodes of the joint policy that were played."""
+def test_steps_are_counted(monkeypatch, tmp_path, watched):
+    """global_step against the episodes of the joint policy that were played, but for probes."""
+    monkeypatch.setattr(script, "probe", lambda task, learner: torch.ones(2))
     _, rows = short_train(tmp_path, inner_steps=2)
     played = sum(games[0]["rewards"].shape[2] * 20 for games in watched.games)
     assert int(rows[-1]["global_step"]) == played
@@ -889,7 +1133,9 @@ def whole_run(folder, **options) -> Path:
     return only(folder)
 
 
-LONG = dict(phase_one_timesteps=480, phase_two_timesteps=800, log_interval=200, checkpoint_interval=10**6)
+LONG = dict(
+    phase_one_timesteps=480, response_steps=160, phase_two_timesteps=800, log_interval=200, checkpoint_interval=10**6
+)
 
 
 @pytest.fixture(scope="module")
@@ -898,9 +1144,10 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop_at", [4, 6, 7, 9])
+@pytest.mark.parametrize("stop_at", [4, 6, 7, 8, 11])
 def test_a_run_that_stops_in_either_phase_or_at_its_end_goes_on(monkeypatch, tmp_path, uninterrupted, updates, stop_at):
-    """As if it had not been stopped, of six updates in phase one and ten in phase two; no update is made twice."""
+    """As if it had not been stopped, of six updates in phase one, two under random rates and ten in phase two; no
+    update is made twice."""
     real = script.update
 
     def stopping(*rest):
@@ -914,9 +1161,9 @@ def test_a_run_that_stops_in_either_phase_or_at_its_end_goes_on(monkeypatch, tmp
     folder, whole = only(tmp_path / "stopped"), uninterrupted
     assert runs.load(folder / "checkpoint.pt")["iteration"] == len(updates) == stop_at
     assert call(script, monkeypatch, f"--resume={folder}") == 0
-    assert len([x for x in updates if x.env.eta.ndim == 0]) == 16  # in the test each environment has its own
+    assert len([x for x in updates if x.env.eta.ndim == 0]) == 18  # in the test each environment has its own
     ours, theirs = (without_speed(read_rows(f / "metrics.csv")) for f in (folder, whole))
-    assert ours == theirs and len(ours) == 2 * (3 + 5)
+    assert ours == theirs and len(ours) == 2 * (3 + 1 + 4)
     for name in ("checkpoint.pt", "warm_agents.pt", "test_agents.pt", "policy.pt"):
         ours, theirs = (runs.load(f / name) for f in (folder, whole))
         for part in ours.keys() - {"args", "rows"}:
@@ -943,8 +1190,7 @@ def test_the_report_has_the_means_of_the_test(monkeypatch, tmp_path, capsys):
         run.wandb_runs.append(record)
     table = SimpleNamespace(Table=lambda columns, data: (columns, data), Image=str)
     monkeypatch.setitem(sys.modules, "wandb", table)
-    training = {name: values[0] for name, values in facts.items()}
-    economy.report(run, env, args.eval_eta, facts, training, {"env_id": "x", "method": "ermas"})
+    economy.report(run, env, args, facts)
     rows = read_rows(tmp_path / "welfare.csv")
     assert [(row["seed"], row["eta"]) for row in rows] == list(itertools.product("12", ("0.1", "0.3")))
     for row in rows:
@@ -958,8 +1204,8 @@ def test_the_report_has_the_means_of_the_test(monkeypatch, tmp_path, capsys):
     for k in range(2):
         ((step, row),) = logged[k]
         columns, data = row["welfare"]
-        assert step == 400 and [line[2:4] for line in data] == [[k + 1, 0.1], [k + 1, 0.3]]
-        assert columns[:4] == ["env_id", "method", "seed", "eta"] and row["report"].endswith("report.png")
+        assert step == 400 and [line[3:5] for line in data] == [[k + 1, 0.1], [k + 1, 0.3]]
+        assert columns[:5] == ["env_id", "method", "epsilon", "seed", "eta"] and row["report"].endswith("report.png")
 
 
 @pytest.fixture(scope="module")
@@ -1015,7 +1261,7 @@ def test_agents_that_do_not_fit_are_refused_by_name(monkeypatch, capsys, tmp_pat
         return error
 
     changes = dict(seed=2, hidden_size=16, num_seeds=1, activation="relu", env_id="economy_v0")
-    changes |= dict(eta_train=0.3) if flag == "--warm-start" else dict(eval_eta=(0.3, 0.1), phase_one_timesteps=99)
+    changes |= dict(eta_train=(0.3,)) if flag == "--warm-start" else dict(eval_eta=(0.3, 0.1), phase_one_timesteps=99)
     for changed, value in changes.items():
         assert f"--{changed.replace('_', '-')} must be" in refused(**{changed: value})
     assert "no checkpoint at" in refused(tmp_path)
@@ -1039,11 +1285,11 @@ def test_the_papers_sizes(monkeypatch, tmp_path):
     """--preset paper sets PAPER's values; explicit flags win."""
     seen = []
     monkeypatch.setattr(script, "setup", lambda args: seen.append(args) or sys.exit(7))
-    for flags in ([], ["--preset=paper"], ["--preset=paper", "--num-envs=3", "--gamma=0.5"]):
+    for flags in ([], ["--preset=paper"], ["--preset=paper", "--num-envs=6", "--gamma=0.5"]):
         assert call(script, monkeypatch, f"--runs-dir={tmp_path}", *flags) == 7
     default, paper, own = (dataclasses.asdict(args) for args in seen)
     assert default == dataclasses.asdict(Args()) | {"runs_dir": str(tmp_path)}
-    assert paper == default | script.PAPER | {"preset": "paper"} and own == paper | {"num_envs": 3, "gamma": 0.5}
+    assert paper == default | script.PAPER | {"preset": "paper"} and own == paper | {"num_envs": 6, "gamma": 0.5}
     assert paper["env_id"] == "economy_v0"
 
 
@@ -1054,7 +1300,7 @@ def test_the_papers_sizes(monkeypatch, tmp_path):
         (dict(eval_eta=(0.1, 0.1)), "eval_eta must have different values"),
         (dict(eval_eta=()), "eval_eta"),
         (dict(eval_eta=(0.1, math.nan)), "eval_eta"),
-        (dict(eta_train=1.0), "eta_train"),
+        (dict(eta_train=(1.0,)), "eta_train"),
         (dict(rate_step=0.0), "rate_step"),
         (dict(value_decay=1.0), "value_decay"),
         (dict(method="maddpg"), "method"),

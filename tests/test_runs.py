@@ -39,7 +39,8 @@ SMALL = {  # script: flags of a run of seconds, with more than three updates and
     "ermas_bimatrix": "--num-iterations=12 --log-interval=3 --checkpoint-interval=2 --num-envs=8 --horizon=6"
     " --inner-steps=2 --eval-iterations=3 --eval-q 0 0.5",
     "ermas_economy": "--phase-one-timesteps=800 --phase-two-timesteps=1200 --log-interval=400 --checkpoint-interval=400"
-    " --num-envs=2 --hidden-size=8 --planner-hidden-size=8 --num-minibatches=2 --update-epochs=1 --planner-epochs=1"
+    " --response-steps=400"
+    " --num-envs=2 --hidden-size=8 --planner-hidden-size=8 --num-minibatches=2 --update-epochs=1"
     " --trust-batch-size=16 --cg-steps=3 --eval-eta 0.1 0.3 --eval-timesteps=800 --eval-episodes=2",
 }
 TASKS = {  # modules of envs/ whose tasks a script runs
