@@ -7,7 +7,7 @@ alone (Eq. 7): each ascends on minus the planner's reward plus lambda times its 
 meta-gradient (Eq. 11, 15, 16), and lambda rises while the regret that a trust-region step finds (Eq. 13, 14) exceeds
 epsilon (Eq. 12). Then new agents of other risk aversion learn from scratch under the frozen planner (Figure 6).
 
-    python ermas_economy.py --epsilon 0.002                      # a small map, 100 steps: for two CPU cores
+    python ermas_economy.py --epsilon 0.0005                     # a small map, 100 steps: for two CPU cores
     python ermas_economy.py --method fixed --rates 0.3           # own rates, or those of a run's schedule.json
     python ermas_economy.py --method marl --warm-start RUN_DIR   # the AI Economist, from the other run's first phase
     python ermas_economy.py --preset paper                       # 25 x 25 tiles, 1,000 steps: for a GPU
@@ -43,18 +43,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
 import envs
 from envs import Moments, economy, perturb, runs
-from envs.economy import Economy, Eta, State
-from envs.runs import Name, Share, Threads, arguments, log, make_run_dir, setup
+from envs.economy import Economy, Etas, State
+from envs.runs import Decay, Name, Share, Threads, arguments, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # episodes, samples, or metrics [S]
 Generators = list[torch.Generator]  # one per run
@@ -85,11 +85,12 @@ class Experiment:
     capture_video: bool = False  # write a GIF of an episode of the trained policies
     log_interval: PositiveInt = 25_000  # environment steps between two rows of metrics.csv
     checkpoint_interval: PositiveInt = 100_000  # environment steps between two checkpoints
-    eval_eta: Annotated[tuple[Eta, ...], Field(min_length=1)] = (0.1, 0.2, 0.23, 0.3, 0.5)
+    eval_eta: Etas = (0.1, 0.2, 0.23, 0.3, 0.5)
     """risk aversion of the test's agents, who learn from scratch under the frozen planner (paper: about 0.2 to 0.3)"""
     eval_timesteps: PositiveInt = 200_000
     """environment steps in which the test's agents, after their own phase one, learn to live with the taxes"""
-    eval_episodes: PositiveInt = 512  # episodes in which the welfare of one seed is measured at each eta
+    eval_episodes: NonNegativeInt = 512
+    """episodes in which the welfare of one seed is measured at each eta; 0: no test"""
     eval_agents: str | None = None
     """test_agents.pt of another run, the test's agents at the end of their phase one, which does not depend on taxes"""
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account; `wandb sync` later
@@ -122,11 +123,11 @@ class PPO:
     planner_hidden_size: PositiveInt = 64  # the same of a planner's policy
     activation: Literal["relu", "silu", "tanh"] = "tanh"  # hidden activation
     learning_rate: PositiveFloat = 2e-3  # Adam step size of the agents
-    planner_learning_rate: PositiveFloat = 0.04  # Adam step size of the planner
+    planner_learning_rate: PositiveFloat | None = None  # Adam step size of the planner; None: 0.04, of a policy 0.005
     anneal_lr: bool = True  # step sizes fall to 0 in phase two, linearly
     gamma: Share = 0.99  # discount factor of a step
     gae_lambda: Share = 0.95  # lambda of generalised advantage estimation
-    planner_gae_lambda: Share = 0.13  # the same of a planner's policy, per period (AI Economist: 0.98 a step)
+    planner_gae_lambda: Share = 0.67  # the same of a planner's policy, per period (AI Economist: 0.98 a step)
     update_epochs: PositiveInt = 4  # passes over the episodes of an iteration, of a planner's policy over its decisions
     num_minibatches: PositiveInt = 8  # minibatches of a pass
     clip_coef: PositiveFloat = 0.2  # PPO's clipping of the probability ratio
@@ -134,20 +135,20 @@ class PPO:
     planner_ent_coef: NonNegativeFloat = 0.01  # weight of the planner's, summed over brackets, as phase two starts
     planner_ent_coef_end: NonNegativeFloat = 0.001  # the same at its end, linear in between
     vf_coef: NonNegativeFloat = 0.5  # weight of the squared error of normalised values
-    value_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    value_decay: Decay = 0.9
     """weight of the past in the running moments by which returns are normalised"""
     max_grad_norm: PositiveFloat = 0.5  # the gradient of each network of each seed is clipped to this norm
 
 
 @arguments
 class ERMAS:
-    epsilon: NonNegativeFloat = 0.002  # slack on an agent's regret, utility per step
+    epsilon: NonNegativeFloat = 0.0005  # slack on an agent's regret, utility per step
     beta: NonNegativeFloat = 0.4  # weight of the meta-gradient (Eq. 15)
     lambda_init: NonNegativeFloat = 10.0  # lambda_0, first weight of an agent's own reward, and during the warm-up
     lambda_lr: NonNegativeFloat = 300.0  # alpha_lambda, step size of lambda
     lambda_damping: NonNegativeFloat = 1000.0
     """kappa: an agent's own reward counts lambda + kappa * (regret - epsilon), so that lambda settles; 0: as printed"""
-    regret_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    regret_decay: Decay = 0.95
     """weight of the past in the running mean of regrets, which counts as 0 where it is below"""
     lambda_max: PositiveFloat = 100.0  # upper bound of lambda
     inner_steps: PositiveInt = 1  # M = n_inner, trust-region steps of a deviation
@@ -166,8 +167,8 @@ class Args(ERMAS, PPO, economy.Options, Experiment):
         super().__post_init__()
         if self.lambda_init > self.lambda_max:
             raise ValueError(f"lambda_init must be at most lambda_max, got {self.lambda_init}")
-        if len(set(self.eval_eta)) < len(self.eval_eta):
-            raise ValueError(f"eval_eta must have different values, got {self.eval_eta}")
+        if self.planner_learning_rate is None:
+            self.planner_learning_rate = 0.04 if self.planner == "schedule" else 5e-3
         if TAXES[self.method] != "planner":  # nothing to respond to
             self.response_steps = 0
         if self.num_envs % 2:
@@ -188,6 +189,7 @@ PAPER = {  # the AI Economist's training, but for whole episodes of as many envi
     "tax_annealing": 0.54,
     "learning_rate": 3e-4,
     "planner_learning_rate": 1e-4,
+    "planner_gae_lambda": 0.13,
     "anneal_lr": False,
     "gamma": 0.998,
     "gae_lambda": 0.98,
@@ -199,6 +201,7 @@ PAPER = {  # the AI Economist's training, but for whole episodes of as many envi
     "vf_coef": 0.05,
     "max_grad_norm": 10.0,
     "log_interval": 1_000_000,
+    "checkpoint_interval": 2_000_000,
     "eval_timesteps": 25_000_000,
 }
 
@@ -750,6 +753,7 @@ def deviate(task: Task, learner: Learner, episodes: Batch) -> tuple[Batch, list[
 def probe(task: Task, learner: Learner) -> Tensor:
     """How agents respond to taxes [S]: productivity under flat rates of 0.75 over that under 0.25, same games."""
     streams = make_streams(task.args, task.env.device, "probe ")
+    task = replace(task, env=replace(task.env, tax_warmup=None))  # whatever rates are allowed in training
     episodes, _ = rollout(task, replace(learner, streams=streams), "probe")
     low, high = episodes["coin"].sum(1).chunk(2, 1)  # [S, B / 2] each
     return high.mean(1) / low.mean(1).clamp_min(1)
@@ -1017,13 +1021,13 @@ def main() -> None:
         runs.check_memory(env, args)
         learner = make_learner(env, make_streams(args, device), args)
         bounds = phase_bounds(env, args)
-        same = "env_id seed num_seeds num_agents cutoffs hidden_size activation".split()
+        same = "env_id seed num_seeds num_agents cutoffs period labor_coef hidden_size activation".split()
         tested = {}
         if args.eval_agents:
-            names = [*same, "eval_eta", "phase_one_timesteps", "labor_coef"]
+            names = [*same, "eval_eta", "phase_one_timesteps"]
             tested = runs.load_part(args.eval_agents, "test_agents", args, names)
         if args.warm_start and not checkpoint:
-            names = [*same, "eta_train", *["response_steps"] * bool(args.response_steps)]
+            names = [*same, "eta_train", "objective", *["response_steps"] * bool(args.response_steps)]
             warm = runs.load_part(f"{args.warm_start}/warm_agents.pt", "warm_agents", args, names)
             runs.restore({"warm_agents": learner.agents()}, warm)
         if args.evaluate:
@@ -1043,12 +1047,14 @@ def main() -> None:
             runs.save(run.dir / "policy.pt", {"args": asdict(args)} | learner.trained())
     with runs.reporting(run):
         if args.capture_video:
+            env = replace(env, tax_warmup=None)  # all rates are allowed
             step, frames = economy.filmed(env)
             filmed = replace(learner, streams=make_streams(args, device, "video "), last=None)
             rollout(Task(env, args, step, step), filmed, "selfish")
             envs.save_gif(run.dir / "episode.gif", frames)
-        tests = play_tests(learner, tested, args, run.dir)
-        economy.report(run, env, args, tests)
+        if args.eval_episodes:
+            tests = play_tests(learner, tested, args, run.dir)
+            economy.report(run, env, args, tests)
     print(f"results: {run.dir}")
 
 

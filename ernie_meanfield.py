@@ -868,7 +868,7 @@ def main() -> None:
     with runs.exits(2, ValueError, ImportError, OSError):
         args, checkpoint = runs.parse_args(Args, __doc__)
         device = setup(args)
-        if args.compile_transport is None:
+        if args.compile_transport is not False:
             args.compile_transport = args.regularized and envs.can_compile("optimal transport", "compile-transport")
         env = make_env(args, args.num_seeds * args.num_envs, device)
         runs.check_memory(env, args)

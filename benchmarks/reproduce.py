@@ -326,6 +326,8 @@ FORMER_ECONOMY = {  # settings of the economy in the study `economy`, of which t
     "planner_gae_lambda": 0.95,
     "response_steps": 0,
     "tax_annealing": 0.5,
+    "regret_decay": 0.0,
+    "epsilon": 0.002,
 }
 STUDIES = {
     "spread": PARTICLE(
@@ -911,7 +913,7 @@ def in_sumo(args: Args, methods=("none", "stackelberg")) -> None:
         command = [str(ROOT / study.script), f"--evaluate={copy}", "--eval-episodes=1", "--eval-seconds=1000"]
         here = run(command, args.runs_dir, copy.name, "robustness.csv")
         there = run([*command, "--backend=sumo"], args.runs_dir, copy.name, "robustness_sumo.csv")
-        for who in (method, "fixed_time"):
+        for who in (method, *robustness.SIGNALS):
             ours, theirs = (table_of(read(study, method, path), who, study.result.value) for path in (here, there))
             for (_, *point), values in theirs.items():
                 pair = ours["", *point], values

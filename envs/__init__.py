@@ -230,7 +230,7 @@ class Moments:
         mean = mean / weight
         variance = square / weight - mean.square()
         samples = (1 + decay) / (1 - decay) * weight / (2 - weight)
-        return mean.float(), (variance.clamp_min(0) / samples).sqrt().float()
+        return mean.float(), (variance.clamp_min(0) / (samples - 1).clamp_min(1e-6)).sqrt().float()
 
 
 # ---------------------------------------------------------------- between environments and networks

@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from PIL import Image, ImageDraw, ImageFont
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from envs import Description, Moments, by_agent, gumbel, new_figure, per_seed, print_speed, runs, save_gif
@@ -98,6 +98,15 @@ TAXES = ("planner", "free", "us", "fixed", "saez")
 OBJECTIVES = ("equality_productivity", "inverse_income_coin", "inverse_income_utility")
 PER_ENV = "eta labor_coef build_labor move_labor collect_labor order_labor regrowth payment_scale bonus_scale".split()
 Eta = Annotated[float, Field(ge=0, le=0.999)]
+
+
+def different(values: tuple) -> tuple:
+    if len(set(values)) < len(values):
+        raise ValueError(f"must have different values, got {values}")
+    return values
+
+
+Etas = Annotated[tuple[Eta, ...], Field(min_length=1), AfterValidator(different)]
 GROUND = ("#f0f0e6", "#d4d4d4", "#7d7d82", "#d0e0bc", "#5f8c3c", "#82afd7", "#f0f0e6", "#f0f0e6")  # by contents
 COLOURS = ("#c85046", "#426ebe", "#eb9628", "#965aaa", "#5aaab4", "#785a3c")  # of agents and their houses
 
@@ -1121,7 +1130,10 @@ class Options:
 
     def __post_init__(self):
         if isinstance(self.rates, str):
-            schedules = read_schedules(self.rates)
+            try:
+                schedules = read_schedules(self.rates)
+            except OSError as error:
+                raise ValueError(f"rates must be numbers or a schedule file, got {self.rates}: {error}") from None
             self.rates = tuple(itertools.chain(*schedules.values()))
 
 
@@ -1268,16 +1280,16 @@ FACTS = ("coin", "labor", "payment", "houses", "income", "rates")  # of E episod
 def facts(env: Economy, last: State, tax_days: Sequence[State], num_runs: int) -> dict[str, Tensor]:
     """FACTS of episodes that ended in `last`, with states after each of D tax days: [S, N, E], rates [S, b, E, D]."""
     houses = [int_sum(last.tiles == HOUSE + i) for i in range(env.num_agents)]
-    found = {
+    values = {
         "coin": env.endowment(last),
         "labor": last.labor,
         "payment": last.payment,
         "houses": torch.stack(houses),
         "income": sum(day.last_income for day in tax_days),
     }
-    found = {name: x.unflatten(1, (num_runs, -1)).movedim(1, 0) for name, x in found.items()}
+    values = {name: x.unflatten(1, (num_runs, -1)).movedim(1, 0) for name, x in values.items()}
     rates = torch.stack([day.rates for day in tax_days], 2)
-    return found | {"rates": rates.unflatten(1, (num_runs, -1)).movedim(1, 0)}
+    return values | {"rates": rates.unflatten(1, (num_runs, -1)).movedim(1, 0)}
 
 
 def charts(episodes: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -411,7 +411,7 @@ class Lights:
 
     make_env: Callable  # (num_envs, **fields of another network) -> environment with a test's warm-up and horizon
     make_step: Callable  # env -> env.step, or that compiled
-    make_policy: Callable | None  # env -> Policy of its lights; None: the first seed's are the first of SIGNALS, ...
+    make_policy: Callable | None  # env -> Policy of its lights; None: those of run k follow the k-th of SIGNALS
     seeds: Sequence[int]
     episodes: int  # E, of each seed at each point
 
@@ -434,10 +434,15 @@ def drive(lights: Lights, points: list[tuple], purpose: str, **fields) -> dict[s
             streams += make_generators(seed, 1, purpose, env.device)
     perturbations = make_generators(lights.seeds[0], S, f"{purpose} perturbations", env.device)
     policy = lights.make_policy(env) if lights.make_policy else None
-    groups = []  # places of points; those of an attack, which costs as much for one as for several, are one group
-    for name, places in groupby(range(len(points)), lambda p: points[p][0]):
-        is_attack = policy and name in (*ATTACKS, *policy.attacks)
-        groups += [list(places)] if is_attack else [[p] for p in places]
+    groups = []  # (name, places of points, strength); an attack costs as much for several as for one, so they are one
+    for name, members in groupby(range(len(points)), lambda p: points[p][0]):
+        places = list(members)
+        if policy and name in (*ATTACKS, *policy.attacks):
+            strengths = torch.tensor([points[p][1] for p in places], device=env.device)
+            strengths = strengths.repeat_interleave(lights.episodes)[:, None]
+            groups.append((name, slice(places[0], places[-1] + 1), strengths))
+        else:
+            groups += [(name, slice(p, p + 1), points[p][1]) for p in places]
 
     def control(state: traffic.State, obs: Tensor) -> Tensor:
         if policy is None:
@@ -445,13 +450,9 @@ def drive(lights: Lights, points: list[tuple], purpose: str, **fields) -> dict[s
             return torch.cat([actions[k].unflatten(0, (S, -1))[k] for k in range(S)])
         obs = obs.unflatten(0, shape)
         actions = []
-        for places in groups:
-            name, strength = points[places[0]]
-            if len(places) > 1:
-                strengths = torch.tensor([points[p][1] for p in places], device=env.device)
-                strength = strengths.repeat_interleave(lights.episodes)[:, None]
+        for name, places, strength in groups:
             action = act(env, policy, obs[:, places].flatten(0, 2), name, strength, perturbations)
-            actions.append(action.unflatten(0, (S, len(places), -1)))
+            actions.append(action.unflatten(0, (S, -1, lights.episodes)))
         return torch.cat(actions, 1).flatten(0, 2)
 
     outcomes = traffic.simulate(env, lights.make_step(env), control, streams)

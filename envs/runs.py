@@ -39,6 +39,7 @@ from tqdm import tqdm
 Name = Annotated[str, Field(pattern=r"^\w[\w.+-]*$", max_length=100)]  # of a folder
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]  # weight of the past in a running mean
 Switch = tyro.conf.DisallowNone[bool | None]  # --flag, --no-flag, or neither
 GIB = 2**30
 # Decorates a group of flags; a script's `Args` inherits from its groups, the last one first
@@ -552,7 +553,12 @@ def log_report(run: Run, tables: dict[str, list[list[dict]]], pictures: dict[str
             yield own
 
     if run.wandb_runs:
-        log_wandb(run, contents(), run.rows[-1]["global_step"] if run.rows else 0)
+        log_wandb(run, contents(), last_step(run))
+
+
+def last_step(run: Run) -> int:
+    """Of metrics.csv; 0 where nothing was trained."""
+    return run.rows[-1]["global_step"] if run.rows else 0
 
 
 def finish_wandb(run: Run) -> None:
@@ -566,7 +572,7 @@ def finish_wandb(run: Run) -> None:
             yield {"episode": wandb.Video(str(path), format="gif")}
 
     if run.wandb_runs and path.exists():
-        log_wandb(run, contents(), run.rows[-1]["global_step"])
+        log_wandb(run, contents(), last_step(run))
     with contextlib.suppress(Exception):
         for wandb_run in run.wandb_runs:
             wandb_run.finish()

@@ -10,7 +10,7 @@ from commands import alike, on, without_speed
 
 import envs
 import ernie_maddpg as script
-from envs import particle, robustness, runs
+from envs import particle, perturb, robustness, runs
 from ernie_maddpg import Args
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -94,6 +94,18 @@ def test_evaluation_does_not_depend_on_how_training_attacked(continuous, kind):
                 found.append(robustness.worst_observations(env, policy, attack, batch["obs"], 0.3, streams))
     for first, second in zip(found[:3], found[3:]):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_every_environment_has_its_own_radius(norm):
+    args, env, nets, batch = world(eval_norm=norm)
+    policy, obs = script.trained_policy(nets, env, args), batch["obs"]
+    radius = torch.where(torch.arange(obs.shape[2], device=DEVICE) % 3 > 0, 0.1, 0.4)[:, None]
+    streams = envs.make_generators(3, len(obs), "test", DEVICE)
+    with torch.no_grad():
+        seen = robustness.worst_observations(env, policy, "mad", obs, radius, streams)
+    length = perturb.length(seen - obs, norm)
+    assert (length <= radius * (1 + 1e-4)).all() and (length > 0.9 * radius).double().mean() > 0.9
 
 
 def test_an_attack_on_the_margin_changes_more_actions_than_one_on_the_divergence():

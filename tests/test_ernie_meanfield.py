@@ -943,16 +943,20 @@ def test_worst_observations_are_in_the_ball_and_beat_random_ones():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags,expected", [("", False), ("--compile-transport", True), ("--regularizer=none", False)])
-def test_transport_is_compiled_where_it_can_be(tmp_path, monkeypatch, flags, expected):
-    """Asked for, or by default with a C++ compiler, which is not looked for where nothing is transported."""
+@pytest.mark.parametrize("can", [True, False])
+@pytest.mark.parametrize(
+    "flags,looks",
+    [("", True), ("--compile-transport", True), ("--no-compile-transport", False), ("--epsilon=0", False)],
+)
+def test_transport_is_compiled_where_it_can_be(tmp_path, monkeypatch, flags, looks, can):
+    """With a C++ compiler, which is not looked for where nothing is transported."""
     asked = []
-    monkeypatch.setattr(script.envs, "can_compile", lambda *what: asked.append(what) or False)
+    monkeypatch.setattr(script.envs, "can_compile", lambda *what: asked.append(what) or can)
     monkeypatch.setattr(script, "train", lambda env, nets, optimizers, args, run, checkpoint: trained.append(args))
     trained = []
     small = "--num-agents=3 --eval-agents 3 --eval-episodes=0 --wandb-mode=disabled"
     assert call(script, monkeypatch, *small.split(), *flags.split(), f"--runs-dir={tmp_path}") == 0
-    assert [args.compile_transport for args in trained] == [expected] and len(asked) == (flags == "")
+    assert [args.compile_transport for args in trained] == [looks and can] and len(asked) == looks
 
 
 def test_values_that_do_not_go_together():

@@ -13,7 +13,9 @@ import signal
 import subprocess
 import sys
 from importlib.metadata import version
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from commands import ROOT, call, finish, only, start_script, without_speed
@@ -41,7 +43,7 @@ SMALL = {  # script: flags of a run of seconds, with more than three updates and
     "ermas_economy": "--phase-one-timesteps=800 --phase-two-timesteps=1200 --log-interval=400 --checkpoint-interval=400"
     " --response-steps=400"
     " --num-envs=2 --hidden-size=8 --planner-hidden-size=8 --num-minibatches=2 --update-epochs=1"
-    " --trust-batch-size=16 --cg-steps=3 --eval-eta 0.1 0.3 --eval-timesteps=800 --eval-episodes=2",
+    " --trust-batch-size=16 --cg-steps=3 --eval-eta 0.1 0.3 --eval-timesteps=800 --eval-episodes=0",
 }
 TASKS = {  # modules of envs/ whose tasks a script runs
     "ernie_maddpg": {"particle", "drones"},
@@ -54,7 +56,7 @@ TASKS = {  # modules of envs/ whose tasks a script runs
     "ermas_economy": {"economy"},
 }
 LONGER = {"ermas_bimatrix": "--num-iterations=18", "ermas_economy": "--phase-two-timesteps=2000"}  # half as long again
-QUICK = {"ermas_bimatrix": "--eval-iterations=1", "ermas_economy": "--eval-timesteps=1"}  # the shortest report
+QUICK = {"ermas_bimatrix": "--eval-iterations=1"}  # the shortest report
 REPORT = {"ermas_bimatrix": ("test_games.csv", "report.png"), "ermas_economy": ("welfare.csv", "report.png")}
 OFFLINE = "--wandb-mode=disabled"
 KILLED = """
@@ -569,6 +571,17 @@ def test_a_resumed_run_logs_its_earlier_rows_again(script, copy, monkeypatch):
     labels = [{"seed": row["seed"]} for row in rows if row["global_step"] == rows[0]["global_step"]]
     runs.start_wandb(runs.Run(folder, labels, rows), args)
     assert logged == [(row["seed"], row["global_step"]) for row in rows] and len(rows) > 2
+
+
+def test_a_run_that_trained_nothing_ends_its_record(tmp_path):
+    """A warm start of a method without a planner has no row of metrics, but a film."""
+    logged = []
+    recorder = SimpleNamespace(log=lambda row, step: logged.append(step), finish=lambda: logged.append("finished"))
+    envs.save_gif(tmp_path / "episode.gif", [np.zeros((8, 8, 3), np.uint8)] * 2)
+    run = runs.Run(tmp_path, [{"seed": 1}], [])
+    run.wandb_runs = [recorder]
+    runs.finish_wandb(run)
+    assert logged == [0, "finished"]
 
 
 # ---------------------------------------------------------------- wrong input
