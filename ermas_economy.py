@@ -162,7 +162,7 @@ class ERMAS:
 
 
 @arguments
-class Args(ERMAS, PPO, economy.Options, Experiment):
+class Args(ERMAS, PPO, economy.World, Experiment):
     def __post_init__(self):
         super().__post_init__()
         if self.lambda_init > self.lambda_max:

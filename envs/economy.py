@@ -1111,7 +1111,7 @@ def check(env: Economy):
 
 
 @runs.arguments
-class Options:
+class World:
     """What a script lets its user choose of the economy."""
 
     eta_train: Annotated[tuple[Eta, ...], Field(min_length=1, max_length=2)] = (0.23,)
@@ -1137,7 +1137,7 @@ class Options:
             self.rates = tuple(itertools.chain(*schedules.values()))
 
 
-def fields_of(args: Options, num_runs: int, eta: Tensor | None = None) -> dict:
+def fields_of(args: World, num_runs: int, eta: Tensor | None = None) -> dict:
     """Fields of an `Economy` with args.num_envs environments for each of `num_runs` runs, with eta [num_runs] or that
     of training, which is the same in both halves of a run's environments. Raise ValueError if they do not fit."""
     fields = {name: getattr(args, name) for name in ("objective", "labor_coef", "num_agents", "rate_step")}
@@ -1173,7 +1173,7 @@ def repeat_runs(env: Economy, num_runs: int, copies: int) -> Economy:
 # ----------------------------------------------------------------------------------------- schedules of marginal rates
 
 
-def spread_rates(args: Options, num_runs: int) -> Tensor:
+def spread_rates(args: World, num_runs: int) -> Tensor:
     """Marginal rates [num_runs, brackets] of args.rates: one for all, one per bracket, or one per bracket of each of
     args.num_seeds seeds, which repeat. Raise ValueError if there are others."""
     brackets = len(args.cutoffs or CUTOFFS)

@@ -649,11 +649,13 @@ def test_help_that_nobody_reads_to_its_end(path):
 
 
 def test_flags_stand_in_groups(script, monkeypatch, capsys):
-    """Those of the run, of the algorithm and of what makes it robust; one wrong combination is one line."""
+    """Those of the run, of the economy, of the algorithm and of what makes it robust; one wrong combination is one
+    line."""
     monkeypatch.setenv("COLUMNS", "100")
     assert call(script, monkeypatch, "--help") == 0
     out = capsys.readouterr().out
-    assert len(re.findall(r"\w+ options", out)) == 3 and "Experiment options" in out
+    num_groups = 4 if script.__name__ == "ermas_economy" else 3
+    assert len(re.findall(r"\w+ options", out)) == num_groups and "Experiment options" in out
     assert max(map(len, out.splitlines()[3:])) <= 100  # below the docstring's first line
     error = refused(script, monkeypatch, capsys, "--resume=a", "--evaluate=b")
     assert "pydantic" not in error and len(error.strip().splitlines()) == 1
