@@ -40,7 +40,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor
 
 import envs
-from envs import Env, bullet, drones, perturb, robustness, runs
+from envs import Env, Moments, bullet, drones, perturb, robustness, runs
 from envs.runs import Name, Share, Threads, arguments, log, make_run_dir, setup
 
 Batch = dict[str, Tensor]  # episodes, samples and random numbers of an update, or metrics [S]
@@ -223,29 +223,6 @@ class Normalizer:
         """Of a perturbation in each entry of a normalised observation [S, N, 1, O], 0 where it does not vary."""
         std = self.flat[:, :, 1:]
         return torch.where(std > 0, 1.0 if kind == "std" else 1 / std, 0.0)
-
-
-@dataclass
-class Moments:
-    """Of samples of the latest iterations. `flat` [S, N, 3], float64: decaying sums of mean, mean square and weight, of
-    which the last makes up for the start at 0."""
-
-    flat: Tensor
-
-    def update(self, x: Tensor, decay: float, live: Tensor | None = None) -> None:
-        """Take in x [S, N, B, T], of where `live` is 1."""
-        x = x.flatten(2).double()
-        weight = torch.ones_like(x) if live is None else live.flatten(2).double()
-        newest = torch.stack([x, x.square(), torch.ones_like(x)], 2) * weight.unsqueeze(2)  # [S, N, 3, M]
-        self.flat.lerp_(newest.mean(3), 1 - decay)
-
-    def mean_and_std(self) -> tuple[Tensor, Tensor]:
-        """[S, N, 1, 1] each, the standard deviation at least 0.01."""
-        mean, square, weight = self.flat[..., None, None].unbind(2)
-        weight = weight.clamp_min(1e-8)
-        mean = mean / weight
-        variance = square / weight - mean.square()
-        return mean.float(), variance.clamp_min(1e-4).sqrt().float()
 
 
 def orthogonal_mlp(sizes: list[int], activation: str, num_agents: int, last_gain: float, generators: Generators) -> MLP:

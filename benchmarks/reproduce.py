@@ -768,9 +768,8 @@ def draw_levels(axis, curves: dict[str, np.ndarray], levels: list[str], styles: 
         low, high = (means - halves)[~is_wide].min(), (means + halves)[~is_wide].max()
         margin = 0.05 * (high - low)
         axis.set_ylim(low - margin, high + margin)
-    for k, (method, values) in enumerate(curves.items()):
+    for k, (method, mean, half) in enumerate(zip(curves, means, halves)):
         color, label = styles[method]
-        mean, half = values.mean(1), interval(values.T)
         x = np.arange(len(mean))
         if is_ordered:
             axis.plot(x, mean, "o-", color=color, markersize=3, label=label)

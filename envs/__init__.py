@@ -209,10 +209,11 @@ class Moments:
 
     flat: Tensor
 
-    def update(self, x: Tensor, decay: float) -> None:
-        """Take in x [S, H, M, T]."""
+    def update(self, x: Tensor, decay: float, live: Tensor | None = None) -> None:
+        """Take in x [S, H, M, T], of where `live` is 1."""
         x = x.flatten(2).double()
-        newest = torch.stack([x, x.square(), torch.ones_like(x)], 2)  # [S, H, 3, M * T]
+        weight = torch.ones_like(x) if live is None else live.flatten(2).double()
+        newest = torch.stack([x, x.square(), torch.ones_like(x)], 2) * weight.unsqueeze(2)  # [S, H, 3, M * T]
         self.flat.lerp_(newest.mean(3), 1 - decay)
 
     def mean_and_std(self) -> tuple[Tensor, Tensor]:
