@@ -1021,7 +1021,7 @@ def main() -> None:
         runs.check_memory(env, args)
         learner = make_learner(env, make_streams(args, device), args)
         bounds = phase_bounds(env, args)
-        same = "env_id seed num_seeds num_agents cutoffs period labor_coef hidden_size activation".split()
+        same = "env_id seed num_seeds num_agents cutoffs horizon period labor_coef hidden_size activation".split()
         tested = {}
         if args.eval_agents:
             names = [*same, "eval_eta", "phase_one_timesteps"]

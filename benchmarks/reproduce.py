@@ -20,6 +20,7 @@ strengths of the perturbations shown, on seeds of its own. A study leaves in `--
                           difference to the study's first method, paired by seed
     STUDY.png             mean against level for every perturbation shown, and differences to the first method
     STUDY_PERTURBATION.png  the same of one that deserves it
+    STUDY_points.csv, STUDY_frontier.png  what each point of the grids got on the seeds of the choice
     verdicts.csv          the paper's claims, the paired differences behind them, and what they say
 
 A run that finished with the same flags and seeds is found in `--runs-dir` and not run again; one that was killed goes
@@ -87,6 +88,7 @@ class Study:
     claims: tuple[tuple[str, str], ...] = (("stackelberg", "none"),)  # (method, a worse one), under all of these
     percentiles: tuple[tuple[str, str], ...] = ()  # (perturbation, level) of a picture of the seeds' values in order
     alone: tuple[str, ...] = ()  # perturbations that have a picture of their own too
+    frontier: str | None = None  # perturbation of a picture of all points, each method's on the seeds of the choice
     reuse: tuple[str, Flags] | None = None  # the method that trains first, and flags of the others with its {folder}
     label: Callable[[dict, str], str] | None = None  # (row, run) -> method, where a run holds several
     picture: Callable[[dict[str, Rows], dict[str, Path]], Figure] | None = None  # from rows and files, in place of ours
@@ -111,33 +113,49 @@ PARTICLE = partial(
     text="ERNIE is better than or level with MADDPG under observation noise; unrolling the attack is better than or "
     "level with not unrolling it (Figure 9); M3DDPG gives some robustness",
     quick={"total_timesteps": 8_000, "eval_episodes": 10},
-    select={"eval_episodes": 100},
     claims=(("stackelberg", "none"), ("stackelberg", "adversarial"), ("stackelberg", "gaussian"), ("m3ddpg", "none")),
 )
-FORMER = {  # settings of MADDPG in these studies, of which the tables in results/ are
+NOISES = ("gaussian", "random", "adversarial", "stackelberg")
+SPREAD_METHODS = regularizers(
+    NOISES,
+    (
+        {"epsilon": 0.1, "reg_coef": 0.02},
+        {"epsilon": 0.1, "reg_coef": 0.1},
+        {"epsilon": 0.3, "reg_coef": 0.005},
+        {"epsilon": 0.3, "reg_coef": 0.02},
+        {"epsilon": 0.3, "reg_coef": 0.1},
+        {"epsilon": 1.0, "reg_coef": 0.01},
+    ),
+)
+SPREAD_METHODS["m3ddpg"] = [
+    {"regularizer": "none", "minimax_epsilon": alpha} for alpha in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+]
+SPREAD_METHODS["rma3c"] = [{"epsilon": epsilon} for epsilon in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)]
+FORMER = {  # settings of MADDPG in the studies below, of which the tables in results/ are
     "share_parameters": False,
     "gamma": 0.95,
     "tau": 0.01,
     "learning_rate": 1e-3,
     "learning_rate_end": 1e-3,
 }
-PARTICLE_FLAGS = FORMER | {
+RIVALS_FLAGS = FORMER | {
     "total_timesteps": 200_000,
     "batch_size": 512,
     "steps_per_update": 50,
     "eval_episodes": 200,
 }
-PARTICLE_METHODS = regularizers(
-    ("gaussian", "random", "adversarial", "stackelberg"),
+RIVALS_METHODS = regularizers(
+    NOISES,
     (
         {"epsilon": 0.3, "reg_coef": 0.02, "reg_batch_size": 128},
         {"epsilon": 0.5, "reg_coef": 0.1, "reg_batch_size": 128},
     ),
 )
-PARTICLE_METHODS["m3ddpg"] = [
+RIVALS_METHODS["m3ddpg"] = [
     {"regularizer": "none", "minimax_epsilon": 0.01},
     {"regularizer": "none", "minimax_epsilon": 0.1},
 ]
+RIVALS = partial(PARTICLE, methods=RIVALS_METHODS, select={"eval_episodes": 100})
 
 
 def crowd(num_agents: int) -> Study:
@@ -331,12 +349,17 @@ FORMER_ECONOMY = {  # settings of the economy in the study `economy`, of which t
 }
 STUDIES = {
     "spread": PARTICLE(
-        methods=PARTICLE_METHODS | {"rma3c": [{"epsilon": 0.1}, {"epsilon": 0.3}]},
-        flags=PARTICLE_FLAGS | {"env_id": "simple_spread_v3"},
+        methods=SPREAD_METHODS,
+        flags={"env_id": "simple_spread_v3", "total_timesteps": 500_000, "eval_episodes": 200},
+        select={"total_timesteps": 150_000, "eval_episodes": 100},
         scripts={"rma3c": "baselines/rma3c.py"},
+        seeds=(1, 10),
+        select_seeds=(101, 103),
+        shown=("gaussian", "mad", "worst_case"),
+        frontier="worst_case",
     ),
-    "tag": PARTICLE(methods=PARTICLE_METHODS, flags=PARTICLE_FLAGS | {"env_id": "simple_tag_v3"}),
-    "crypto": PARTICLE(methods=PARTICLE_METHODS, flags=PARTICLE_FLAGS | {"env_id": "simple_crypto_v3"}),
+    "tag": RIVALS(flags=RIVALS_FLAGS | {"env_id": "simple_tag_v3"}),
+    "crypto": RIVALS(flags=RIVALS_FLAGS | {"env_id": "simple_crypto_v3"}),
     "drones": Study(
         "ernie_mappo.py",
         "ERNIE is more robust to observation noise than MAPPO, for both drones",
@@ -590,7 +613,7 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
     grids = {method: grid[:1] if quick else grid for method, grid in study.methods.items()}
     pending = {}
     for method, grid in grids.items():
-        if len(grid) > 1:
+        if len(grid) > 1 or (study.frontier and not quick):
             run_name = f"{name}_{method}_select"
             pending[method] = [
                 cluster.start(f"{run_name}{k}", study, method, flags | study.select, study.select_seeds)
@@ -608,6 +631,7 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
     chosen = {method: grid[0] for method, grid in grids.items() if method not in pending}
     started = {}
     remaining = [method for method in grids if method not in found]
+    points = []
     for method in sorted(remaining, key=lambda method: method in pending):  # choices last
         if method in pending:
             paths = [cluster.get(run) for run in pending[method]]
@@ -616,6 +640,8 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
                 cluster.failures.append(f"{name}_{method}: no point of its grid has a result")
                 continue
             chosen[method] = grids[method][int(np.nanargmax(scores))]
+            for flags, path in zip(grids[method], paths):
+                points += point_rows(study, method, flags, path) if path else []
             shown = ", ".join(f"{value:.2f}" for value in scores)
             print(f"{name} {method}: {' '.join(words(chosen[method]))}  (scores: {shown})", flush=True)
         flags = chosen[method]
@@ -623,6 +649,8 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
     for method, (flags, run) in started.items():
         if path := cluster.get(run):
             found[method] = flags, path
+    if study.frontier and points:
+        runs.write_rows(cluster.args.results_dir / f"{name}_points.csv", points)
     return {method: found[method] for method in grids if method in found}
 
 
@@ -665,6 +693,16 @@ def score(study: Study, method: str, path: Path) -> float:
     """What the point of a grid is chosen by."""
     table = table_of(read(study, method, path), method, study.result.value)
     return float(np.mean([v.mean() for family in ("clean", *study.shown) for v in cells(study, table, family)]))
+
+
+def point_rows(study: Study, method: str, flags: Flags, path: Path) -> Rows:
+    """A row per perturbation of a point of a grid: mean over the levels, with its interval over seeds."""
+    rows, table = [], table_of(read(study, method, path), method, study.result.value)
+    for family in ("clean", *study.shown):
+        values = np.mean(cells(study, table, family), 0)
+        row = {"method": method, "point": " ".join(words(flags)), "perturbation": family, "seeds": len(values)}
+        rows.append(row | {study.result.value: values.mean(), "interval95": interval(values)})
+    return rows
 
 
 def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -829,6 +867,27 @@ def draw(name: str, study: Study, tables: dict[str, Table]) -> Figure:
     return figure
 
 
+def draw_frontier(study: Study, rows: Rows) -> Figure:
+    """Each point of the grids: its value as in training and under the perturbation of `study.frontier`."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axis = figure.subplots()
+    styles = style(list(dict.fromkeys(row["method"] for row in rows)))
+    for method, (color, label) in styles.items():
+        values = {}
+        for family in ("clean", study.frontier):
+            own = [row for row in rows if row["method"] == method and row["perturbation"] == family]
+            values[family] = np.array([float(row[study.result.value]) for row in own])
+        x, y = values["clean"], values[study.frontier]
+        axis.plot(x, y, "o", color=color, label=label)
+        for point in range(len(x) if len(x) > 1 else 0):
+            axis.annotate(str(point + 1), (x[point], y[point]), (3, 3), textcoords="offset points", fontsize=7)
+    axis.set(xlabel=f"{VALUES[study.result.value]}, {PERTURBATIONS['clean']}", ylabel=PERTURBATIONS[study.frontier])
+    axis.set_title(f"points of the grids, mean of {rows[0]['seeds']} seeds", fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
+
+
 def draw_percentiles(study: Study, tables: dict[str, Table]) -> Figure:
     """The seeds' values in order, as in ERNIE's Figures 5a and 5b."""
     styles = style(list(tables))
@@ -875,6 +934,9 @@ def publish(name: str, rows: Rows, args: Args) -> None:
         draw(name, study, learnt).savefig(folder / f"{name}.png", dpi=100)
     for family in study.alone:
         draw(name, replace(study, shown=(family,)), learnt).savefig(folder / f"{name}_{family}.png", dpi=100)
+    if (folder / f"{name}_points.csv").exists():
+        points = runs.read_rows(folder / f"{name}_points.csv")
+        draw_frontier(study, points).savefig(folder / f"{name}_frontier.png", dpi=100)
     if study.percentiles:
         draw_percentiles(study, learnt).savefig(folder / f"{name}_percentiles.png", dpi=100)
     verdicts, path = judge(name, study, tables), folder / "verdicts.csv"

@@ -1123,6 +1123,7 @@ class World:
     """the planner's: equality times productivity, or coin or utility weighted by the inverse of income"""
     labor_coef: NonNegativeFloat = 0.21  # utility that a unit of labor costs
     num_agents: PositiveInt = 4  # N
+    horizon: PositiveInt | None = None  # steps of an episode; None: the map's, 100 or 1,000
     period: PositiveInt | None = None  # steps from tax day to tax day; None: the map's, 20 or 100
     cutoffs: tuple[NonNegativeFloat, ...] | None = None  # coin where brackets begin; None: the map's
     rate_step: Annotated[float, Field(gt=0, le=1)] = 0.25
@@ -1141,12 +1142,13 @@ def fields_of(args: World, num_runs: int, eta: Tensor | None = None) -> dict:
     """Fields of an `Economy` with args.num_envs environments for each of `num_runs` runs, with eta [num_runs] or that
     of training, which is the same in both halves of a run's environments. Raise ValueError if they do not fit."""
     fields = {name: getattr(args, name) for name in ("objective", "labor_coef", "num_agents", "rate_step")}
-    for name in ("period", "cutoffs"):
+    for name in ("horizon", "period", "cutoffs"):
         if getattr(args, name) is not None:
             fields[name] = getattr(args, name)
-    horizon = TASKS[args.env_id].get("horizon", Economy.horizon)
-    if fields.get("period", 1) > horizon:
-        raise ValueError(f"period must be at most {horizon}, the steps of an episode, got {args.period}")
+    task = vars(Economy) | TASKS[args.env_id] | fields
+    horizon, period = task["horizon"], task["period"]
+    if period > horizon:
+        raise ValueError(f"period must be at most {horizon}, the steps of an episode, got {period}")
     fields["eta"] = args.eta_train[0]
     if eta is not None:
         fields["eta"] = eta.repeat_interleave(args.num_envs)

@@ -19,6 +19,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 RTOL, ATOL = 3e-3, 3e-4  # of alike() on a GPU
+BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"  # a CPU's kernels take minutes to compile
 
 
 class Fork:

@@ -408,7 +408,9 @@ def test_a_range_of_eta():
 
 
 def test_flags_of_the_economy():
-    options = dict(objective="inverse_income_coin", labor_coef=0.4, num_agents=3, period=4, cutoffs=(0.0, 5.0))
+    options = dict(
+        objective="inverse_income_coin", labor_coef=0.4, num_agents=3, horizon=8, period=4, cutoffs=(0.0, 5.0)
+    )
     p = small_problem(planner="schedule", **options)
     env = p.env
     assert (env.objective, env.num_agents, env.period, env.cutoffs) == ("inverse_income_coin", 3, 4, (0.0, 5.0))
@@ -1307,6 +1309,7 @@ def test_the_papers_sizes(monkeypatch, tmp_path):
         (dict(method="maddpg"), "method"),
         (dict(preset="small"), "preset"),
         (dict(meta_gradient="exact"), "meta_gradient"),
+        (dict(horizon=0), "horizon"),
     ],
 )
 def test_wrong_values_and_combinations(options, words):

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from commands import alike, on, without_speed
+from commands import BACKEND, alike, on, without_speed
 
 import envs
 import ernie_maddpg as script
@@ -141,7 +141,7 @@ def test_compiled_losses_have_the_eager_gradients(continuous):
     for name in ("critic", "actor"):
         loss = getattr(script, f"{name}_loss")
         gradients = []
-        for function in (loss, torch.compile(loss, fullgraph=True)):
+        for function in (loss, torch.compile(loss, fullgraph=True, backend=BACKEND)):
             value, _ = function(nets, batch, env, args)
             gradients.append(torch.autograd.grad(value, nets[name].flat)[0])
         torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-11)
@@ -418,8 +418,7 @@ def test_every_task_trains(tmp_path, env_id, continuous):
 @pytest.mark.slow
 def test_learns_cooperative_navigation(tmp_path):
     """A random policy has -27; 1,600 small updates reach about -20."""
-    options = dict(num_envs=40, batch_size=256, hidden_size=64, learning_starts=2000, buffer_size=100_000)
-    _, _, _, rows = short_train(
-        tmp_path, "run", **options, total_timesteps=80_000, log_interval=10_000, reg_batch_size=64
-    )
+    options = dict(num_envs=40, batch_size=128, hidden_size=64, learning_starts=2000, buffer_size=40_000)
+    options |= dict(total_timesteps=40_000, log_interval=40_000, eval_episodes=100)
+    _, _, _, rows = short_train(tmp_path, "run", **options)
     assert float(rows[-1]["eval/episodic_return"]) > -22.5

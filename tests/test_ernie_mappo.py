@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import alike, call, fourth_order, only, plain, without_speed
+from commands import BACKEND, alike, call, fourth_order, only, plain, without_speed
 from PIL import Image
 from torch.distributions import Categorical, Normal, kl_divergence
 
@@ -547,7 +547,7 @@ def test_losses_compile_whole_and_keep_their_gradients(name):
     batch = batch_of(nets, episodes, env, args) | noise
     loss = getattr(script, f"{name}_loss")
     gradients = []
-    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+    for function in (loss, torch.compile(loss, fullgraph=True, backend=BACKEND)):
         value, _ = function(nets, batch, env, args)
         gradients.append(torch.autograd.grad(value, nets[name].flat)[0])
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import alike, fourth_order, on, plain, without_speed
+from commands import BACKEND, alike, fourth_order, on, plain, without_speed
 
 import ernie_qcombo as script
 from envs import perturb, robustness, runs, traffic
@@ -304,7 +304,7 @@ def test_clipping_and_targets_of_an_update():
 def test_compiled_loss_has_the_eager_gradients():
     args, _, nets, batch = tiny(global_q="action_in", attack_steps=1, action_reg_coef=0.2)
     gradients = []
-    for function in (script.qcombo_loss, torch.compile(script.qcombo_loss, fullgraph=True)):
+    for function in (script.qcombo_loss, torch.compile(script.qcombo_loss, fullgraph=True, backend=BACKEND)):
         value, _ = function(nets, batch, args)
         gradients.append(torch.autograd.grad(value, [nets["local"].flat, nets["global"].flat]))
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-11)

@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT / "baselines"))
 STEPS = "--total-timesteps=400 --log-interval=100 --checkpoint-interval=200 --eval-episodes=0"
 REPLAY = f"{STEPS} --steps-per-update=50 --num-envs=4 --learning-starts=100 --buffer-size=1000"
 SMALL = {  # script: flags of a run of seconds, with more than three updates and two checkpoints
-    "ernie_maddpg": f"{REPLAY} --batch-size=32 --hidden-size=16",
-    "ernie_mappo": f"{STEPS} --checkpoint-interval=100 --env-id=simple_spread_v3 --num-envs=2 --num-minibatches=1"
+    "ernie_maddpg": f"{REPLAY} --horizon=5 --batch-size=32 --hidden-size=16",
+    "ernie_mappo": f"{STEPS} --checkpoint-interval=40 --env-id=simple_spread_v3 --horizon=5 --num-envs=8 --num-minibatches=1"
     " --update-epochs=1 --hidden-size=16",
     "ernie_meanfield": f"{REPLAY} --num-agents=3 --batch-size=8 --hidden-size=8 --reg-batch-size=4 --transport-steps=10"
     " --eval-agents 3 --no-compile-transport",
@@ -37,13 +37,13 @@ SMALL = {  # script: flags of a run of seconds, with more than three updates and
     " --buffer-size=1000 --batch-size=16 --hidden-size=16 --eval-warmup=1 --eval-seconds=2 --no-compile",
     "ernie_coma": f"{STEPS} --checkpoint-interval=40 --num-envs=2 --horizon=60 --warmup=10 --rollout-steps=10"
     " --hidden-size=16 --reg-batch-size=8 --eval-warmup=1 --eval-seconds=2 --no-compile",
-    "rma3c": f"{REPLAY} --batch-size=32 --hidden-size=16",
+    "rma3c": f"{REPLAY} --horizon=5 --batch-size=32 --hidden-size=16",
     "ermas_bimatrix": "--num-iterations=12 --log-interval=3 --checkpoint-interval=2 --num-envs=8 --horizon=6"
     " --inner-steps=2 --eval-iterations=3 --eval-q 0 0.5",
-    "ermas_economy": "--phase-one-timesteps=800 --phase-two-timesteps=1200 --log-interval=400 --checkpoint-interval=400"
-    " --response-steps=400"
+    "ermas_economy": "--horizon=20 --period=5 --phase-one-timesteps=160 --response-steps=80 --phase-two-timesteps=240"
+    " --log-interval=80 --checkpoint-interval=80"
     " --num-envs=2 --hidden-size=8 --planner-hidden-size=8 --num-minibatches=2 --update-epochs=1"
-    " --trust-batch-size=16 --cg-steps=3 --eval-eta 0.1 0.3 --eval-timesteps=800 --eval-episodes=0",
+    " --trust-batch-size=16 --cg-steps=3 --eval-eta 0.1 0.3 --eval-timesteps=160 --eval-episodes=0",
 }
 TASKS = {  # modules of envs/ whose tasks a script runs
     "ernie_maddpg": {"particle", "drones"},
@@ -55,7 +55,7 @@ TASKS = {  # modules of envs/ whose tasks a script runs
     "ermas_bimatrix": {"bimatrix"},
     "ermas_economy": {"economy"},
 }
-LONGER = {"ermas_bimatrix": "--num-iterations=18", "ermas_economy": "--phase-two-timesteps=2000"}  # half as long again
+LONGER = {"ermas_bimatrix": "--num-iterations=18", "ermas_economy": "--phase-two-timesteps=400"}  # half as long again
 QUICK = {"ermas_bimatrix": "--eval-iterations=1"}  # the shortest report
 REPORT = {"ermas_bimatrix": ("test_games.csv", "report.png"), "ermas_economy": ("welfare.csv", "report.png")}
 OFFLINE = "--wandb-mode=disabled"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import replay
 import torch
-from commands import alike
+from commands import BACKEND, alike
 from torch._inductor import cpp_builder, exc
 
 import envs
@@ -168,7 +168,7 @@ def test_observation_and_reward_by_hand():
 def test_compiled_step_equals_eager_and_compiles_once(fields):
     env = make(4, capacity=40, **fields)
     torch.compiler.reset()
-    compiled = torch.compile(env.step, fullgraph=True)
+    compiled = torch.compile(env.step, fullgraph=True, backend=BACKEND)
     eager = [result for _, _, result in rollout(env, 60)]
 
     def guarded(*arguments):
