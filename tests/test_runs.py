@@ -29,8 +29,8 @@ STEPS = "--total-timesteps=400 --log-interval=100 --checkpoint-interval=200 --ev
 REPLAY = f"{STEPS} --steps-per-update=50 --num-envs=4 --learning-starts=100 --buffer-size=1000"
 SMALL = {  # script: flags of a run of seconds, with more than three updates and two checkpoints
     "ernie_maddpg": f"{REPLAY} --horizon=5 --batch-size=32 --hidden-size=16",
-    "ernie_mappo": f"{STEPS} --checkpoint-interval=40 --env-id=simple_spread_v3 --horizon=5 --num-envs=8 --num-minibatches=1"
-    " --update-epochs=1 --hidden-size=16",
+    "ernie_mappo": f"{STEPS} --checkpoint-interval=40 --env-id=simple_spread_v3 --horizon=5 --num-envs=8"
+    " --num-minibatches=1 --update-epochs=1 --hidden-size=16",
     "ernie_meanfield": f"{REPLAY} --num-agents=3 --batch-size=8 --hidden-size=8 --reg-batch-size=4 --transport-steps=10"
     " --eval-agents 3 --no-compile-transport",
     "ernie_qcombo": f"{STEPS} --num-envs=4 --horizon=200 --warmup=45 --rollout-steps=5 --updates-per-rollout=1"
