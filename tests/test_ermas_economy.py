@@ -411,13 +411,13 @@ def test_flags_of_the_economy():
     options = dict(objective="inverse_income_coin", labor_coef=0.4, num_agents=3, cutoffs=(0.0, 5.0))
     with pytest.raises(ValueError, match="period must be at most 8, the steps of an episode, got 9"):
         small_problem(horizon=8, period=9)
-    p = small_problem(planner="schedule", horizon=8, period=4, **options)
+    p = small_problem(planner="schedule", horizon=8, period=2, **options)
     env = p.env
     assert (env.objective, env.num_agents, env.cutoffs) == ("inverse_income_coin", 3, (0.0, 5.0))
-    assert (env.horizon, env.period) == (8, 4)
+    assert (env.horizon, env.period) == (8, 2)
     assert env.labor_coef.item() == pytest.approx(0.4)
     episodes, _, _ = play(p)
-    assert episodes["rewards"].shape == (2, 3, 2, 8) and episodes["rates"].shape == (2, 2, 2, 5)
+    assert episodes["rewards"].shape == (2, 3, 2, 8) and episodes["rates"].shape == (2, 2, 2, 4)
     coin = episodes["coin"]  # [S, N, B]
     weight = 1 / coin.clamp_min(1)
     close(
