@@ -770,7 +770,11 @@ def compiled_step(env: Traffic) -> Callable:
     """env.step, compiled for any number of environments, or as it is if it cannot be."""
     if not can_compile("the traffic simulator", "compile"):
         return env.step
-    torch._dynamo.config.recompile_limit = 32  # for each network, and for its own flow or speed of each environment
+    torch._dynamo.config.recompile_limit = 32
+    torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal here differ in other networks
+    speed = torch.as_tensor(env.speed, dtype=env.dtype, device=env.device).expand(env.num_envs).contiguous()
+    flow = env.inflow.T.expand(env.num_envs, -1).contiguous()
+    env = dataclasses.replace(env, speed=speed, flow=flow)  # of each environment, as some have them: compiled once
     options = {"comprehensive_padding": False}
     is_cpu = env.device.type == "cpu"
     step = torch.compile(env.step, fullgraph=True, dynamic=is_cpu, options=options)

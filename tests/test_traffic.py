@@ -342,10 +342,12 @@ def test_without_a_compiler_the_step_is_the_eager_one(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_one_compiled_step_serves_every_number_of_environments_and_equals_the_eager_one():
+def test_one_compiled_step_serves_all_of_a_report_and_equals_the_eager_one():
+    """Any number of environments, each at its own speed and flow, another network."""
     torch.compiler.reset()
-    for num_envs in (6, 10, 18):
-        env = make(num_envs)
+    others = traffic.side_by_side(make(10), [("speed", 30.0), ("flow", 2)], 1)
+    irregular = envs.make("traffic_irregular_v0", 18, DEVICE, torch.float64)
+    for num_envs, env in ((6, make(6)), (10, others), (18, irregular)):
         step = traffic.compiled_step(env)
         (generator,) = envs.make_generators(1, 1, "test", "cpu")
         state, _ = env.reset([generator])
