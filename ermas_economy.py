@@ -67,6 +67,12 @@ TAXES = {  # of each method; only "planner" has a phase two
     "free-market": "free",
     "fixed": "fixed",
 }
+# arguments that new agents do not depend on before there are taxes
+TAXED = """exp_name runs_dir resume evaluate capture_video log_interval checkpoint_interval num_threads eval_timesteps
+eval_episodes eval_agents wandb_mode wandb_project_name wandb_entity preset method rates objective eta_train rate_step
+response_steps phase_two_timesteps warm_start planner_std agent_updates tax_annealing planner_learning_rate
+planner_gae_lambda planner_ent_coef planner_ent_coef_end epsilon beta lambda_init lambda_lr lambda_damping regret_decay
+lambda_max rho trust_batch_size meta_gradient cg_steps cg_damping warmup""".split()
 PHASES = {"one": 1, "response": 1.5, "two": 2}
 
 
@@ -92,7 +98,8 @@ class Experiment:
     eval_episodes: NonNegativeInt = 512
     """episodes in which the welfare of one seed is measured at each eta; 0: no test"""
     eval_agents: str | None = None
-    """test_agents.pt of another run, the test's agents at the end of their phase one, which does not depend on taxes"""
+    """test_agents.pt of another run, the test's agents at the end of their phase one, which does not depend on taxes;
+    default: a run in --runs-dir with the same code and settings, if there is one"""
     wandb_mode: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account; `wandb sync` later
     wandb_project_name: str = "robust-marl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
@@ -857,6 +864,7 @@ def play_tests(learner: Learner, tested: dict, args: Args, run_dir: Path) -> Bat
     eta = torch.tensor(args.eval_eta, device=device).repeat_interleave(S)  # runs are [Q, S]
     env = make_env(args, Q * S, "one", device, eta)
     new = make_learner(env, make_streams(args, device, "test ", Q), args)
+    tested = tested or runs.find_part("test_agents", args, TAXED)
     planner = learner.nets["planner"]
     new.nets["planner"] = replace(planner, flat=planner.flat.detach().repeat(Q, 1))
     if tested:
@@ -864,7 +872,7 @@ def play_tests(learner: Learner, tested: dict, args: Args, run_dir: Path) -> Bat
     else:
         learn_selfishly("one", new, eta, args)
         if not args.evaluate:  # other runs may rely on the file that is there
-            runs.save(run_dir / "test_agents.pt", {"args": asdict(args), "test_agents": new.agents()})
+            runs.save_part(run_dir, "test_agents", new.agents(), args)
     new.streams = make_streams(args, device, "test taxes ", Q)  # the same whether phase one was played or not
     task = learn_selfishly("two", new, eta, args)
     games = []
@@ -1004,7 +1012,7 @@ def train(phase: str, learner: Learner, args: Args, run: runs.Run, checkpoint: d
                 window = defaultdict(list)
                 started, first_step = time.perf_counter(), step
             if done and end == bounds["two"][0]:
-                runs.save(run.dir / "warm_agents.pt", {"args": asdict(args), "warm_agents": learner.agents()})
+                runs.save_part(run.dir, "warm_agents", learner.agents(), args)
             if done or caught or step % args.checkpoint_interval < per_iteration:
                 state = {"args": asdict(args), "iteration": iteration, "window": window, "rows": run.rows}
                 runs.save(run.dir / "checkpoint.pt", state | learner.everything())

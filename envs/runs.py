@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import csv
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -22,7 +23,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -416,6 +417,32 @@ def load(path: Path) -> dict:
     except Exception as error:  # a damaged file fails in as many ways as it has bytes
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} is no readable checkpoint: {reason or type(error).__name__}") from None
+
+
+def code_of(args) -> str:
+    """A digest of the script that `args` belong to and of our environments."""
+    paths = [Path(sys.modules[type(args).__module__].__file__), *sorted(Path(__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+def save_part(run_dir: Path, part: str, values: dict, args) -> None:
+    """`part`.pt in a run's folder, for other runs."""
+    save(run_dir / f"{part}.pt", {"args": asdict(args), "code": code_of(args), part: values})
+
+
+def find_part(part: str, args, others: Collection[str]) -> dict:
+    """The newest `part`.pt in args.runs_dir that the same code has made with the same arguments but for `others`; {} if
+    there is none."""
+    given, code = pack(asdict(args)), code_of(args)
+    names = given.keys() - set(others)
+    paths = Path(args.runs_dir).glob(f"*/{part}.pt")
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(ValueError):  # damaged
+            saved = load(path)
+            if saved.get("code") == code and all(saved["args"].get(name) == given[name] for name in names):
+                print(f"{part} of {path}")
+                return saved
+    return {}
 
 
 def load_part(path: str | Path, part: str, args, names: list[str]) -> dict:

@@ -1251,6 +1251,32 @@ def test_agents_of_another_run(monkeypatch, capsys, tmp_path, whole, updates):
     assert read_rows(folder / "metrics.csv") == rows
 
 
+@pytest.mark.slow
+def test_the_tests_first_phase_is_played_once(monkeypatch, capsys, tmp_path, updates):
+    """By runs in one folder that differ in what untaxed agents do not know; others play their own."""
+    assert set(script.TAXED) < {field.name for field in dataclasses.fields(Args)}
+    reports = {}
+    for folder, options in (
+        ("shared", {"method": "marl"}),
+        ("shared", {"method": "us-federal"}),
+        ("shared", {"method": "us-federal", "labor_coef": 0.3}),
+        ("own", {"method": "us-federal"}),
+    ):
+        updates.clear()
+        before = set(tmp_path.glob("*/*"))
+        assert call(script, monkeypatch, f"--runs-dir={tmp_path}/{folder}", *flags_of(**options)) == 0
+        (run,) = set(tmp_path.glob("*/*")) - before
+        is_reused = not (run / "test_agents.pt").exists()
+        assert is_reused == ("test_agents of" in capsys.readouterr().out)
+        reports[folder, *options.values()] = is_reused, (run / "welfare.csv").read_text()
+    assert [is_reused for is_reused, _ in reports.values()] == [False, True, False, False]
+    assert reports["shared", "us-federal"][1] == reports["own", "us-federal"][1]
+    damaged = next(tmp_path.glob("own/*/test_agents.pt"))
+    damaged.write_bytes(damaged.read_bytes()[:999])
+    args = runs.load(next(tmp_path.glob("own/*/policy.pt")))["args"]
+    assert runs.find_part("test_agents", Args(**args), script.TAXED) == {}
+
+
 @pytest.mark.parametrize("flag", ["--warm-start", "--eval-agents"])
 def test_agents_that_do_not_fit_are_refused_by_name(monkeypatch, capsys, tmp_path, whole, flag):
     name = flag.removeprefix("--").replace("-", "_")
