@@ -94,10 +94,11 @@ class MeanField:
     learning_starts: NonNegativeInt = 5_000  # environment steps before the first update
     buffer_size: PositiveInt = 100_000  # replay capacity of one seed in environment steps (paper: 100, of what unit?)
     batch_size: PositiveInt = 256  # M, transitions of all agents per minibatch (paper: 32 or 100)
-    learning_rate: PositiveFloat = 1e-3  # Adam step size of actor and critic
-    gamma: Share = 0.95  # discount factor
+    learning_rate: PositiveFloat = 3e-3  # Adam step size of actor and critic
+    learning_rate_end: PositiveFloat = 3e-4  # the same at the end, linear in between
+    gamma: Share = 0.9  # discount factor
     reward_scale: PositiveFloat | None = None  # factor on learnt rewards; default: 1 / N, as they sum over landmarks
-    tau: Share = 0.01  # share by which the targets move at each update
+    tau: Share = 0.03  # share by which the targets move at each update
     nearest_landmarks: NonNegativeInt = 3  # landmarks that an agent's own state has, the nearest first
     nearest_agents: NonNegativeInt = 2  # other agents that it has, the nearest first
     hidden_size: PositiveInt = 64  # width of hidden layers and embeddings (paper: 64; 32 to 256 in Figure 4d)
@@ -811,6 +812,9 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
         while step < args.total_timesteps and not caught:
             progress = step / args.total_timesteps
             std = args.exploration_noise + (args.exploration_noise_end - args.exploration_noise) * progress
+            for optimizer in optimizers.values():
+                step_size = (1 - progress) * args.learning_rate + progress * args.learning_rate_end
+                optimizer.param_groups[0]["lr"] = step_size
             episodes = rollout(step_env, env, nets, std, streams["rollout"], args)
             returns = episodes["rewards"].sum(2)
             window["charts/episodic_return"].append(returns.mean((1, 2)))

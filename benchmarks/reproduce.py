@@ -158,6 +158,14 @@ RIVALS_METHODS["m3ddpg"] = [
 RIVALS = partial(PARTICLE, methods=RIVALS_METHODS, select={"eval_episodes": 100})
 
 
+FORMER_CROWD = {  # of the mean field with more than three agents and of its widths; their adversary had no bound
+    "learning_rate": 1e-3,
+    "learning_rate_end": 1e-3,
+    "gamma": 0.95,
+    "tau": 0.01,
+}
+
+
 def crowd(num_agents: int) -> Study:
     """Mean-field methods, which choose lambda with three agents, and MADDPG. Minibatches hold as many samples of all
     agents for every N."""
@@ -176,6 +184,8 @@ def crowd(num_agents: int) -> Study:
         "eval_agents": (3, 6, 15, 30),
         "compile": num_agents > 15,  # half the time of an update
     }
+    former, former_crowd = (FORMER, FORMER_CROWD) if num_agents > 3 else ({}, {})
+    meanfield |= former_crowd
     points = [{"epsilon": 0.3, "reg_coef": coef} | meanfield for coef in (0.1, 1.0)]
     methods = regularizers(ERNIE, points)
     methods["none"] = [{"regularizer": "none"} | meanfield]
@@ -186,10 +196,10 @@ def crowd(num_agents: int) -> Study:
     claims = [("stackelberg", "none")]
     scripts = {}
     if num_agents <= 15:
-        methods["maddpg"] = [{"regularizer": "none"} | FORMER]
+        methods["maddpg"] = [{"regularizer": "none"} | former]
         scripts["maddpg"] = "ernie_maddpg.py"
     if num_agents <= 6:
-        methods["m3ddpg"] = [{"regularizer": "none", "minimax_epsilon": 0.01} | FORMER]
+        methods["m3ddpg"] = [{"regularizer": "none", "minimax_epsilon": 0.01} | former]
         scripts["m3ddpg"] = "ernie_maddpg.py"
         claims.append(("stackelberg", "m3ddpg"))
     return Study(
@@ -200,11 +210,13 @@ def crowd(num_agents: int) -> Study:
         quick={"total_timesteps": 8_000, "eval_episodes": 4},
         select={"eval_episodes": 100},
         scripts=scripts,
+        seeds=(1, 10) if num_agents == 3 else (1, 5),
+        shown=("gaussian", "mad", "worst_case") if num_agents == 3 else ("gaussian", "mad"),
         claims=tuple(claims),
     )
 
 
-WIDTHS = {
+WIDTHS = FORMER_CROWD | {
     "num_agents": 3,
     "batch_size": 512,
     "total_timesteps": 100_000,
