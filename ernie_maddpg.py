@@ -58,6 +58,7 @@ class Experiment:
     cuda: bool = True  # use the GPU if there is one
     num_threads: Threads = 1  # CPU threads; with more set OMP_WAIT_POLICY=PASSIVE, or one busy core stalls all
     compile: bool = False  # torch.compile the environment step and, on a GPU, the losses
+    cuda_graphs: bool = False  # on a GPU: capture updates in a CUDA graph (not measured yet); ignored on a CPU
     runs_dir: str = "runs"  # folder that receives a folder per run
     resume: str | None = None  # run folder to continue; other flags are read from it
     evaluate: str | None = None  # run folder or policy file whose policies are evaluated again, without training
@@ -244,7 +245,7 @@ def policy(actor: MLP, obs: Tensor, env: Env) -> Tensor:
 
 def one_hot_best(output: Tensor) -> Tensor:
     """The largest of the last axis as one-hot."""
-    return F.one_hot(output.argmax(-1), output.shape[-1]).to(output.dtype)
+    return torch.zeros_like(output).scatter(-1, output.argmax(-1, keepdim=True), 1.0)
 
 
 def squash(output: Tensor, env: Env) -> Tensor:
@@ -353,7 +354,7 @@ def diagnose(actor: MLP, obs: Tensor, noise: Tensor, env: Env, args: Args) -> Ba
         mode_args = replace(args, regularizer=mode)
         change, delta = regularizer(actor, obs, clean, noise, env, mode_args)
         change = change[:, team].mean(2)  # [S, N]
-        changes[mode] = change.mean(1)
+        changes[mode] = change.detach().mean(1)
         (gradient,) = torch.autograd.grad(change.sum(), actor.flat, retain_graph=True)
         gradients[mode] = gradient.view(len(obs), -1)
     leader = gradients["adversarial"]
@@ -412,10 +413,8 @@ def greedy_changes(critic: MLP, obs: Tensor, joint: Tensor, env: Env, args: Args
     changed = joint.expand(-1, N, -1, -1, -1)
     for _ in range(min(args.action_agents, N)):
         # agent j plays k instead, for all (j, k): [S, N, M, N * A, N, A]
-        candidates = torch.where(own_slot(env), choice, changed[..., None, None, :, :])
-        candidates = candidates.flatten(3, 4)
-        values = q_values(critic, repeated, candidates.flatten(2, 3))
-        values = values.unflatten(2, (-1, N * A))
+        candidates = torch.where(own_slot(env), choice, changed[..., None, None, :, :]).flatten(3, 4)
+        values = q_values(critic, repeated, candidates.flatten(2, 3)).unflatten(2, (-1, N * A))
         score = (values - clean[..., None]).square().masked_fill(~allowed, -1.0)
         best = score.argmax(-1, keepdim=True)
         changed = candidates.take_along_dim(best[..., None, None], 3).squeeze(3)
@@ -438,13 +437,11 @@ def action_regularizer(critic: MLP, batch: Batch, q: Tensor, env: Env, args: Arg
         return (q_values(critic, obs, moved) - q).square()
 
     epsilon = args.action_epsilon
-    noise = batch["action_noise"] * env.action_mask.flatten()
-    start = perturb.rescale(noise, 0.5 * epsilon, "l2")
+    start = perturb.rescale(batch["action_noise"] * env.action_mask.flatten(), 0.5 * epsilon, "l2")
     ball = partial(sparse_project, epsilon=epsilon, num_agents=env.num_agents, num_changed=args.action_agents)
     steps = max(1, args.attack_steps)
     size = args.attack_lr * epsilon
-    is_stackelberg = args.regularizer == "stackelberg"
-    return change(unroll(change, start, steps, size, ball, is_stackelberg))
+    return change(unroll(change, start, steps, size, ball, args.regularizer == "stackelberg"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -541,8 +538,7 @@ def rollout(step_env: Callable, env: Env, actor: MLP, std: float, generators: Ge
             explored = squash(output, env) + std * half_width * noise[:, t]
             action = explored.clamp(env.action_low, env.action_high)
         action = action * env.action_mask[:, None]
-        env_action = envs.for_env(action, env)
-        state, obs, reward, terminated, _, info = step_env(state, env_action, env.draw(generators))
+        state, obs, reward, terminated, _, info = step_env(state, envs.for_env(action, env), env.draw(generators))
         steps["obs"].append(obs)
         steps["actions"].append(action.transpose(1, 2).flatten(0, 1))
         steps["rewards"].append(reward)
@@ -563,7 +559,7 @@ def sample(replay: Batch, filled: int, args: Args, generators: Generators) -> Ba
     S, E, T, _ = replay["terminated"].shape
     pick = envs.per_seed(partial(torch.randint, filled * T), (args.batch_size,), generators)
     seed = torch.arange(S, device=pick.device)
-    pick = pick + E * T * seed[:, None]  # [S, M] into the flattened [S, E, T]
+    pick += E * T * seed[:, None]  # [S, M] into the flattened [S, E, T]
     row = pick + pick // T  # an episode has one observation more than transitions
 
     def gather(name: str, index: Tensor) -> Tensor:
@@ -626,8 +622,7 @@ def trained_policy(nets: Nets, env: Env, args: Args) -> robustness.Policy:
         return objective
 
     def team_value(obs: Tensor, action: Tensor) -> Tensor:
-        values = q_values(critic, obs, everybody(action))
-        return values[:, env.cooperators].mean(1)
+        return q_values(critic, obs, everybody(action))[:, env.cooperators].mean(1)
 
     return robustness.Policy(
         output=output,
@@ -687,6 +682,9 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
     S = args.num_seeds
     steps_per_iteration = args.num_envs * env.horizon
     step_env, losses = compiled(env, args)
+    learn = partial(update, nets, optimizers, losses, env=env, args=args)
+    if args.cuda_graphs and env.device.type == "cuda":
+        learn = envs.graphed(learn, optimizers)
     new_streams = partial(envs.make_generators, args.seed, S, device=env.device)
     streams = {purpose: new_streams(purpose) for purpose in ("rollout", "replay", "noise")}
     num_iterations = math.ceil(args.total_timesteps / steps_per_iteration)
@@ -719,8 +717,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
                 step_size = (1 - progress) * args.learning_rate + progress * args.learning_rate_end
                 optimizer.param_groups[0]["lr"] = step_size
             episodes = rollout(step_env, env, nets["actor"], std, streams["rollout"])
-            returns = episodes["rewards"].sum(2)  # [S, B, N]
-            window["charts/episodic_return"].append(envs.episodic_return(returns, env))
+            window["charts/episodic_return"].append(envs.episodic_return(episodes["rewards"].sum(2), env))
             replay = replay or make_replay(episodes, slots * args.num_envs)
             slot = iteration % slots * args.num_envs
             for name, values in episodes.items():
@@ -729,10 +726,8 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             step += steps_per_iteration
             filled = min(iteration, slots) * args.num_envs
             while (num_updates + 1) * args.steps_per_update <= step - args.learning_starts:
-                batch = sample(replay, filled, args, streams["replay"])
-                batch |= draw_noise(streams["noise"], env, args)
-                metrics = update(nets, optimizers, losses, batch, env, args)
-                for name, value in metrics.items():
+                batch = sample(replay, filled, args, streams["replay"]) | draw_noise(streams["noise"], env, args)
+                for name, value in learn(batch).items():
                     window[name].append(value)
                 num_updates += 1
             bar.update(steps_per_iteration)

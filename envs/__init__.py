@@ -350,6 +350,55 @@ def new_figure(width: float, height: float):
 # ---------------------------------------------------------------- speed
 
 
+def graphed(body: Callable, optimizers: dict[str, torch.optim.Optimizer]) -> Callable:
+    """`body`, from a dictionary of tensors to another, on a GPU, with all its kernels in one launch. The first three
+    calls run it as it is, which creates what is created once; the fourth captures it in a CUDA graph. From then on no
+    line of it runs: its kernels do, on the same memory with the same Python numbers. So what changes from call to call
+    must be in its argument, of the same shapes; the step sizes of `optimizers` may change as well."""
+    device = next(iter(optimizers.values())).param_groups[0]["params"][0].device
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    inputs, outputs, step_sizes = {}, {}, []
+    calls = 0
+
+    def run(groups: list[dict]) -> None:
+        is_deterministic = torch.are_deterministic_algorithms_enabled()
+        numbers = [group["lr"] for group in groups]
+        for group, step_size in zip(groups, step_sizes):
+            group.update(lr=step_size, capturable=calls == 4)  # which Adam asks for in a capture and warns of elsewhere
+        # The deterministic scatter_add copies strides from the host (ATen, _scatter_via_index_put), which no capture
+        # allows. The other is as good where each sum has one term, as in the gradient of a permutation.
+        torch.use_deterministic_algorithms(False)
+        outputs.update(body(inputs))
+        torch.use_deterministic_algorithms(is_deterministic)
+        for group, number in zip(groups, numbers):
+            group.update(lr=number, capturable=False)  # so that checkpoints are those of a run without graphs
+
+    def call(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        nonlocal calls
+        calls += 1
+        groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
+        if calls == 1:
+            inputs.update({name: value.clone() for name, value in batch.items()})
+            step_sizes.extend(torch.zeros((), dtype=torch.float32, device=device) for _ in groups)
+        for name, value in batch.items():
+            inputs[name].copy_(value)
+        for group, step_size in zip(groups, step_sizes):
+            step_size.fill_(group["lr"])
+        if calls < 4:
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                run(groups)
+            torch.cuda.current_stream(device).wait_stream(stream)
+        elif calls == 4:
+            with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
+                run(groups)  # is not carried out
+        if calls >= 4:
+            graph.replay()
+        return {name: value.clone() for name, value in outputs.items()}
+
+    return call
+
+
 def measure(step: Callable, env: Env, actions: list[Tensor], seconds: float) -> float:
     """Environment steps per second with `actions` by turns, resets included."""
     generator = torch.Generator().manual_seed(0)

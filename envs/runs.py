@@ -275,7 +275,7 @@ LONGER = (
 CHANGEABLE = {  # flags that may be others there
     *LONGER,
     *"resume evaluate cuda num_threads num_workers compile compile_transport runs_dir backend capture_video".split(),
-    *"log_interval checkpoint_interval wandb_mode wandb_project_name wandb_entity".split(),
+    *"cuda_graphs log_interval checkpoint_interval wandb_mode wandb_project_name wandb_entity".split(),
 }
 
 

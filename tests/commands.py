@@ -2,6 +2,7 @@
 hand."""
 
 import atexit
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -13,9 +14,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parent.parent
 RTOL, ATOL = 3e-3, 3e-4  # of alike() on a GPU
@@ -135,3 +139,68 @@ def fourth_order(function, h=1e-5):
     """Derivative at 0."""
     a, b, c, d = (function(k * h) for k in (2, 1, -1, -2))
     return (-a + 8 * b - 8 * c + d) / (12 * h)
+
+
+class Recorder(TorchDispatchMode):
+    """A CUDA graph on a CPU: `calls` are those of ATen inside, with the tensors and numbers they had; `replay` repeats
+    them. As in a capture, what they write is undone in the end. `obstacles` are those that a CUDA graph cannot have."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.overwritten, self.obstacles = [], [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if is_obstacle(function, args, kwargs):
+            self.obstacles.append(str(function))
+        for argument, value in zip(function._schema.arguments, args):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.overwritten += [(tensor, tensor.clone()) for tensor in tree_leaves(value)]
+        result = function(*args, **kwargs)
+        if function.namespace == "aten":  # the others tell the profiler
+            self.calls.append((function, args, kwargs, result))
+        return result
+
+    @torch.no_grad()
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for tensor, value in reversed(self.overwritten):
+            tensor.copy_(value)
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, result in self.calls:
+            for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # no view, and not in place
+                    old.copy_(new)
+
+
+def is_obstacle(function, args, kwargs) -> bool:
+    """To a capture: numbers that the host reads, shapes that depend on them, random numbers, sums in any order."""
+    tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
+    if tags & set(function.tags) or any(isinstance(x, torch.Generator) for x in tree_leaves((args, kwargs))):
+        return True
+    name = function.overloadpacket.__name__.rstrip("_")
+    if name != "scatter_add" or args[0].is_meta:
+        return name in ("index_add", "index_put", "scatter_reduce")
+    sums, axis, index, terms = args
+    counts = torch.zeros_like(sums).scatter_add(axis, index, torch.ones_like(terms))
+    return torch.are_deterministic_algorithms_enabled() or bool((counts > 1).any())  # see envs.graphed
+
+
+def record_cuda_graphs(monkeypatch) -> list[Recorder]:
+    """Let a Recorder be made in the place of each CUDA graph. Returns those that are."""
+    recorders = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+
+    def make_recorder() -> Recorder:
+        recorders.append(Recorder())
+        return recorders[-1]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", make_recorder)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: stream)
+    for name in ("stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda place: contextlib.nullcontext())
+    return recorders

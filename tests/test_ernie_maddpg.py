@@ -6,7 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from commands import BACKEND, alike, on, without_speed
+from commands import BACKEND, Recorder, alike, on, record_cuda_graphs, without_speed
+from torch.utils._pytree import tree_leaves
 
 import envs
 import ernie_maddpg as script
@@ -403,10 +404,81 @@ MODES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize("options", [*MODES, dict(cuda_graphs=True)])
 def test_every_option_trains(tmp_path, options):
     _, _, _, rows = short_train(tmp_path, "run", **options)
     assert len(rows) == 3 and all(math.isfinite(float(v)) for v in rows[-1].values())
+
+
+GRAPHS = [
+    dict(regularizer="none"),
+    dict(regularizer="stackelberg"),
+    dict(action_reg_coef=0.1),
+    dict(action_reg_coef=0.1, continuous_actions=False),
+]
+
+
+def learner(env, args):
+    """What a checkpoint has of networks and optimisers, and an update of them as a function of the batch."""
+    nets, optimizers = script.make_nets(env, args)
+    losses = {"critic": script.critic_loss, "actor": script.actor_loss}
+    state = {"nets": {name: net.flat for name, net in nets.items()}, "optimizers": optimizers}
+    return state, partial(script.update, nets, optimizers, losses, env=env, args=args)
+
+
+@pytest.mark.parametrize("options", GRAPHS)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_updates_in_a_cuda_graph_are_those_without(options, resumed, monkeypatch):
+    """Three that run, a capture and its replays. On a CPU the graph is a recording of ATen's calls."""
+    recorders = [] if DEVICE.type == "cuda" else record_cuda_graphs(monkeypatch)
+    args = Args(num_seeds=2, **(SMALL | options))
+    script.setup(args)
+    env = script.make_env(args, 8, DEVICE)
+    nets, _ = script.make_nets(env, args)
+    streams = envs.make_generators(3, 2, "test", DEVICE)
+    replay = script.rollout(env.step, env, nets["actor"], 0.5, streams)
+    batches = [script.sample(replay, 4, args, streams) | script.draw_noise(streams, env, args) for _ in range(9)]
+    (plain, update), (graphed, update_graphed) = learner(env, args), learner(env, args)
+    update_graphed = envs.graphed(update_graphed, graphed["optimizers"])
+    if resumed:
+        update(batches[0])
+        for state in (graphed, plain):
+            runs.restore(state, runs.pack(plain))
+    metrics = []
+    for k, batch in enumerate(batches[1:]):
+        for optimizer in [*plain["optimizers"].values(), *graphed["optimizers"].values()]:
+            optimizer.param_groups[0]["lr"] = 2.0 ** -(k + 6)  # exact in single precision
+        metrics.append((update(batch), update_graphed(batch)))
+    assert all(alike(*pair) for pair in metrics)
+    assert alike(plain["nets"], graphed["nets"])
+    for name, optimizer in plain["optimizers"].items():
+        assert alike(optimizer.state_dict(), graphed["optimizers"][name].state_dict())
+    assert len(recorders) == (DEVICE.type == "cpu")
+    for recorder in recorders:
+        assert len(recorder.calls) > 300 and not recorder.obstacles
+
+
+def test_metrics_keep_no_gradients():
+    """A capture would meet what these hold of the networks, on another stream, and fail."""
+    args, env, nets, batch = world()
+    metrics = script.diagnose(nets["actor"], batch["obs"][:, :, :16], batch["perturbation"], env, args)
+    for loss in (script.critic_loss, script.actor_loss):
+        metrics |= loss(nets, batch, env, args)[1]
+    assert len(metrics) > 8 and not any(value.requires_grad for value in metrics.values())
+
+
+@pytest.mark.parametrize("options", [*MODES, dict(action_reg_coef=0.1)])
+def test_losses_need_nothing_from_the_host(options):
+    """On the meta device, where tensors have no values and do not go with a CPU's."""
+    args, env, nets, batch = world(**options)
+    env = script.make_env(args, env.num_envs, torch.device("meta"))
+    nets, batch = on("meta", nets), on("meta", batch)
+    for name in ("critic", "actor"):
+        with Recorder() as recorder:
+            loss, _ = getattr(script, f"{name}_loss")(nets, batch, env, args)
+            torch.autograd.grad(loss, nets[name].flat)
+        tensors = [x for x in tree_leaves(recorder.calls) if isinstance(x, torch.Tensor)]
+        assert {x.device.type for x in tensors} == {"meta"}
 
 
 @pytest.mark.parametrize("continuous", [True, False])
