@@ -26,9 +26,10 @@ def draw(
     if size % len(generators):
         raise ValueError(f"the {size} environments must be a multiple of the {len(generators)} generators")
     block = (size // len(generators), *rest)
-    if like is None:
-        return per_seed(sampler, block, generators).flatten(0, 1)
-    return per_seed(partial(sampler, dtype=like.dtype), block, generators).flatten(0, 1).to(like.device)
+    if like is not None:
+        sampler = partial(sampler, dtype=like.dtype)
+    numbers = per_seed(sampler, block, generators).flatten(0, 1)
+    return numbers if like is None else numbers.to(like.device)
 
 
 def length(x: Tensor, norm: str) -> Tensor:
@@ -78,7 +79,8 @@ def random_actions(env, generators: list[torch.Generator], obs: Tensor | None = 
     sizes = torch.tensor(env.action_sizes, device=env.device)
     if getattr(env, "masked", False):
         legal = legal_actions(obs.unsqueeze(2), env).squeeze(2)
-        return torch.where(legal, draw(torch.rand, legal.shape, generators, obs), -1).argmax(-1)
+        uniform = draw(torch.rand, legal.shape, generators, obs)
+        return torch.where(legal, uniform, -1).argmax(-1)
     if env.discrete:
         # float64, so that the product stays below the number of actions
         like = torch.empty(0, dtype=torch.float64, device=env.device)
@@ -102,8 +104,11 @@ def replace_actions(
     uniform = draw(torch.rand, (len(action), env.num_agents + 1), generators).to(action.device)
     scores = uniform[:, 1:].masked_fill(~env.cooperators, -1.0)
     chosen = scores.argmax(1)  # the largest of independent uniform numbers is a uniform choice
-    hit = (torch.arange(env.num_agents, device=action.device) == chosen[:, None]) & (uniform[:, :1] < probability)
-    return torch.where(hit.view(*hit.shape, *[1] * (action.ndim - 2)), replacement, action)
+    is_chosen = torch.arange(env.num_agents, device=action.device) == chosen[:, None]
+    hit = is_chosen & (uniform[:, :1] < probability)
+    if action.ndim == 3:
+        hit = hit.unsqueeze(2)
+    return torch.where(hit, replacement, action)
 
 
 @torch.no_grad()
