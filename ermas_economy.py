@@ -68,8 +68,8 @@ TAXES = {  # of each method; only "planner" has a phase two
     "fixed": "fixed",
 }
 # arguments that new agents do not depend on before there are taxes
-TAXED = """exp_name runs_dir resume evaluate capture_video log_interval checkpoint_interval num_threads eval_timesteps
-eval_episodes eval_agents wandb_mode wandb_project_name wandb_entity preset method rates objective eta_train rate_step
+TAXED = """exp_name runs_dir resume evaluate capture_video log_interval checkpoint_interval eval_timesteps
+eval_episodes eval_agents wandb_mode wandb_project_name wandb_entity preset method rates eta_train rate_step
 response_steps phase_two_timesteps warm_start planner_std agent_updates tax_annealing planner_learning_rate
 planner_gae_lambda planner_ent_coef planner_ent_coef_end epsilon beta lambda_init lambda_lr lambda_damping regret_decay
 lambda_max rho trust_batch_size meta_gradient cg_steps cg_damping warmup""".split()
@@ -871,8 +871,8 @@ def play_tests(learner: Learner, tested: dict, args: Args, run_dir: Path) -> Bat
         runs.restore({"test_agents": new.agents()}, tested)
     else:
         learn_selfishly("one", new, eta, args)
-        if not args.evaluate:  # other runs may rely on the file that is there
-            runs.save_part(run_dir, "test_agents", new.agents(), args)
+    if not args.evaluate and not args.eval_agents:  # which may be of other settings
+        runs.save_part(run_dir, "test_agents", new.agents(), args)
     new.streams = make_streams(args, device, "test taxes ", Q)  # the same whether phase one was played or not
     task = learn_selfishly("two", new, eta, args)
     games = []
@@ -1032,8 +1032,7 @@ def main() -> None:
         same = "env_id seed num_seeds num_agents cutoffs horizon period labor_coef hidden_size activation".split()
         tested = {}
         if args.eval_agents:
-            names = [*same, "eval_eta", "phase_one_timesteps"]
-            tested = runs.load_part(args.eval_agents, "test_agents", args, names)
+            tested = runs.load_part(args.eval_agents, "test_agents", args, [*same, "eval_eta", "phase_one_timesteps"])
         if args.warm_start and not checkpoint:
             names = [*same, "eta_train", "objective", *["response_steps"] * bool(args.response_steps)]
             warm = runs.load_part(f"{args.warm_start}/warm_agents.pt", "warm_agents", args, names)

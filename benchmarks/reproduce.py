@@ -20,7 +20,7 @@ strengths of the perturbations shown, on seeds of its own. A study leaves in `--
                           difference to the study's first method, paired by seed
     STUDY.png             mean against level for every perturbation shown, and differences to the first method
     STUDY_PERTURBATION.png  the same of one that deserves it
-    STUDY_points.csv, STUDY_frontier.png  what each point of the grids got on the seeds of the choice
+    STUDY_points.csv, STUDY_points.png  what each point of the grids got on the seeds of the choice
     verdicts.csv          the paper's claims, the paired differences behind them, and what they say
 
 A run that finished with the same flags and seeds is found in `--runs-dir` and not run again; one that was killed goes
@@ -88,7 +88,7 @@ class Study:
     claims: tuple[tuple[str, str], ...] = (("stackelberg", "none"),)  # (method, a worse one), under all of these
     percentiles: tuple[tuple[str, str], ...] = ()  # (perturbation, level) of a picture of the seeds' values in order
     alone: tuple[str, ...] = ()  # perturbations that have a picture of their own too
-    frontier: str | None = None  # perturbation of a picture of all points, each method's on the seeds of the choice
+    points: str | None = None  # perturbation of a picture of every point of the grids, on the seeds of the choice
     reuse: tuple[str, Flags] | None = None  # the method that trains first, and flags of the others with its {folder}
     label: Callable[[dict, str], str] | None = None  # (row, run) -> method, where a run holds several
     picture: Callable[[dict[str, Rows], dict[str, Path]], Figure] | None = None  # from rows and files, in place of ours
@@ -131,7 +131,7 @@ SPREAD_METHODS["m3ddpg"] = [
     {"regularizer": "none", "minimax_epsilon": alpha} for alpha in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 ]
 SPREAD_METHODS["rma3c"] = [{"epsilon": epsilon} for epsilon in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)]
-FORMER = {  # settings of MADDPG in the studies below, of which the tables in results/ are
+FORMER = {  # settings of MADDPG in tag and crypto, of which their tables in results/ are
     "share_parameters": False,
     "gamma": 0.95,
     "tau": 0.01,
@@ -158,14 +158,6 @@ RIVALS_METHODS["m3ddpg"] = [
 RIVALS = partial(PARTICLE, methods=RIVALS_METHODS, select={"eval_episodes": 100})
 
 
-FORMER_CROWD = {  # of the mean field with more than three agents and of its widths; their adversary had no bound
-    "learning_rate": 1e-3,
-    "learning_rate_end": 1e-3,
-    "gamma": 0.95,
-    "tau": 0.01,
-}
-
-
 def crowd(num_agents: int) -> Study:
     """Mean-field methods, which choose lambda with three agents, and MADDPG. Minibatches hold as many samples of all
     agents for every N."""
@@ -184,8 +176,6 @@ def crowd(num_agents: int) -> Study:
         "eval_agents": (3, 6, 15, 30),
         "compile": num_agents > 15,  # half the time of an update
     }
-    former, former_crowd = (FORMER, FORMER_CROWD) if num_agents > 3 else ({}, {})
-    meanfield |= former_crowd
     points = [{"epsilon": 0.3, "reg_coef": coef} | meanfield for coef in (0.1, 1.0)]
     methods = regularizers(ERNIE, points)
     methods["none"] = [{"regularizer": "none"} | meanfield]
@@ -196,10 +186,10 @@ def crowd(num_agents: int) -> Study:
     claims = [("stackelberg", "none")]
     scripts = {}
     if num_agents <= 15:
-        methods["maddpg"] = [{"regularizer": "none"} | former]
+        methods["maddpg"] = [{"regularizer": "none"}]
         scripts["maddpg"] = "ernie_maddpg.py"
     if num_agents <= 6:
-        methods["m3ddpg"] = [{"regularizer": "none", "minimax_epsilon": 0.01} | former]
+        methods["m3ddpg"] = [{"regularizer": "none", "minimax_epsilon": 0.01}]
         scripts["m3ddpg"] = "ernie_maddpg.py"
         claims.append(("stackelberg", "m3ddpg"))
     return Study(
@@ -210,13 +200,13 @@ def crowd(num_agents: int) -> Study:
         quick={"total_timesteps": 8_000, "eval_episodes": 4},
         select={"eval_episodes": 100},
         scripts=scripts,
-        seeds=(1, 10) if num_agents == 3 else (1, 5),
-        shown=("gaussian", "mad", "worst_case") if num_agents == 3 else ("gaussian", "mad"),
+        seeds=(1, 10) if num_agents <= 6 else (1, 5),
+        shown=("gaussian", "mad", "worst_case"),
         claims=tuple(claims),
     )
 
 
-WIDTHS = FORMER_CROWD | {
+WIDTHS = {
     "num_agents": 3,
     "batch_size": 512,
     "total_timesteps": 100_000,
@@ -368,7 +358,7 @@ STUDIES = {
         seeds=(1, 10),
         select_seeds=(101, 103),
         shown=("gaussian", "mad", "worst_case"),
-        frontier="worst_case",
+        points="worst_case",
     ),
     "tag": RIVALS(flags=RIVALS_FLAGS | {"env_id": "simple_tag_v3"}),
     "crypto": RIVALS(flags=RIVALS_FLAGS | {"env_id": "simple_crypto_v3"}),
@@ -625,7 +615,7 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
     grids = {method: grid[:1] if quick else grid for method, grid in study.methods.items()}
     pending = {}
     for method, grid in grids.items():
-        if len(grid) > 1 or (study.frontier and not quick):
+        if len(grid) > 1 or (study.points and not quick):
             run_name = f"{name}_{method}_select"
             pending[method] = [
                 cluster.start(f"{run_name}{k}", study, method, flags | study.select, study.select_seeds)
@@ -640,7 +630,7 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
             return {}
         found[first] = flags, path
         reused = {flag: value.format(folder=path.parent) for flag, value in more.items()}
-    chosen = {method: grid[0] for method, grid in grids.items() if method not in pending}
+    chosen = {method: grid[0] for method, grid in grids.items()}
     started = {}
     remaining = [method for method in grids if method not in found]
     points = []
@@ -648,12 +638,14 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
         if method in pending:
             paths = [cluster.get(run) for run in pending[method]]
             scores = [score(study, method, path) if path else np.nan for path in paths]
-            if not np.isfinite(scores).any():
+            if len(grids[method]) > 1 and not np.isfinite(scores).any():
                 cluster.failures.append(f"{name}_{method}: no point of its grid has a result")
                 continue
-            chosen[method] = grids[method][int(np.nanargmax(scores))]
-            for flags, path in zip(grids[method], paths):
-                points += point_rows(study, method, flags, path) if path else []
+            if len(grids[method]) > 1:
+                chosen[method] = grids[method][int(np.nanargmax(scores))]
+            for number, (flags, path) in enumerate(zip(grids[method], paths), 1):
+                if path:
+                    points += point_rows(study, method, number, flags, path)
             shown = ", ".join(f"{value:.2f}" for value in scores)
             print(f"{name} {method}: {' '.join(words(chosen[method]))}  (scores: {shown})", flush=True)
         flags = chosen[method]
@@ -661,7 +653,7 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
     for method, (flags, run) in started.items():
         if path := cluster.get(run):
             found[method] = flags, path
-    if study.frontier and points:
+    if study.points and points:
         runs.write_rows(cluster.args.results_dir / f"{name}_points.csv", points)
     return {method: found[method] for method in grids if method in found}
 
@@ -707,13 +699,14 @@ def score(study: Study, method: str, path: Path) -> float:
     return float(np.mean([v.mean() for family in ("clean", *study.shown) for v in cells(study, table, family)]))
 
 
-def point_rows(study: Study, method: str, flags: Flags, path: Path) -> Rows:
+def point_rows(study: Study, method: str, number: int, flags: Flags, path: Path) -> Rows:
     """A row per perturbation of a point of a grid: mean over the levels, with its interval over seeds."""
     rows, table = [], table_of(read(study, method, path), method, study.result.value)
     for family in ("clean", *study.shown):
         values = np.mean(cells(study, table, family), 0)
-        row = {"method": method, "point": " ".join(words(flags)), "perturbation": family, "seeds": len(values)}
-        rows.append(row | {study.result.value: values.mean(), "interval95": interval(values)})
+        row = {"method": method, "point": number, "flags": " ".join(words(flags)), "perturbation": family}
+        row |= {"seeds": len(values), study.result.value: values.mean(), "interval95": interval(values)}
+        rows.append(row)
     return rows
 
 
@@ -879,22 +872,24 @@ def draw(name: str, study: Study, tables: dict[str, Table]) -> Figure:
     return figure
 
 
-def draw_frontier(study: Study, rows: Rows) -> Figure:
-    """Each point of the grids: its value as in training and under the perturbation of `study.frontier`."""
+def draw_points(study: Study, rows: Rows) -> Figure:
+    """Each point of the grids: its value as in training and under the perturbation of `study.points`."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     axis = figure.subplots()
     styles = style(list(dict.fromkeys(row["method"] for row in rows)))
     for method, (color, label) in styles.items():
         values = {}
-        for family in ("clean", study.frontier):
+        for family in ("clean", study.points):
             own = [row for row in rows if row["method"] == method and row["perturbation"] == family]
-            values[family] = np.array([float(row[study.result.value]) for row in own])
-        x, y = values["clean"], values[study.frontier]
-        axis.plot(x, y, "o", color=color, label=label)
-        for point in range(len(x) if len(x) > 1 else 0):
-            axis.annotate(str(point + 1), (x[point], y[point]), (3, 3), textcoords="offset points", fontsize=7)
-    axis.set(xlabel=f"{VALUES[study.result.value]}, {PERTURBATIONS['clean']}", ylabel=PERTURBATIONS[study.frontier])
-    axis.set_title(f"points of the grids, mean of {rows[0]['seeds']} seeds", fontsize=10)
+            values[family] = {row["point"]: float(row[study.result.value]) for row in own}
+        x, y = values.values()
+        axis.plot(x.values(), y.values(), "o", color=color, label=label)
+        for point in x:
+            axis.annotate(point, (x[point], y[point]), (3, 3), textcoords="offset points", fontsize=7)
+    value = VALUES[study.result.value]
+    under = PERTURBATIONS[study.points].rsplit(",", 1)[0]
+    axis.set(xlabel=f"{value}, {PERTURBATIONS['clean']}", ylabel=f"{value}, {under}, mean over the radii")
+    axis.set_title(f"every point tried, in the short runs of the choice, mean of {rows[0]['seeds']} seeds", fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure
@@ -946,9 +941,9 @@ def publish(name: str, rows: Rows, args: Args) -> None:
         draw(name, study, learnt).savefig(folder / f"{name}.png", dpi=100)
     for family in study.alone:
         draw(name, replace(study, shown=(family,)), learnt).savefig(folder / f"{name}_{family}.png", dpi=100)
-    if (folder / f"{name}_points.csv").exists():
+    if study.points and (folder / f"{name}_points.csv").exists():
         points = runs.read_rows(folder / f"{name}_points.csv")
-        draw_frontier(study, points).savefig(folder / f"{name}_frontier.png", dpi=100)
+        draw_points(study, points).savefig(folder / f"{name}_points.png", dpi=100)
     if study.percentiles:
         draw_percentiles(study, learnt).savefig(folder / f"{name}_percentiles.png", dpi=100)
     verdicts, path = judge(name, study, tables), folder / "verdicts.csv"

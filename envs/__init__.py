@@ -354,7 +354,8 @@ def graphed(body: Callable, optimizers: dict[str, torch.optim.Optimizer]) -> Cal
     """`body`, from a dictionary of tensors to another, on a GPU, with all its kernels in one launch. The first three
     calls run it as it is, which creates what is created once; the fourth captures it in a CUDA graph. From then on no
     line of it runs: its kernels do, on the same memory with the same Python numbers. So what changes from call to call
-    must be in its argument, of the same shapes; the step sizes of `optimizers` may change as well."""
+    must be in its argument, of the same shapes; step sizes of `optimizers`, fused Adams, may change as well. It runs
+    without deterministic algorithms."""
     device = next(iter(optimizers.values())).param_groups[0]["params"][0].device
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     inputs, outputs, step_sizes = {}, {}, []
@@ -362,7 +363,7 @@ def graphed(body: Callable, optimizers: dict[str, torch.optim.Optimizer]) -> Cal
 
     def run(groups: list[dict]) -> None:
         is_deterministic = torch.are_deterministic_algorithms_enabled()
-        numbers = [group["lr"] for group in groups]
+        own_step_sizes = [group["lr"] for group in groups]
         for group, step_size in zip(groups, step_sizes):
             group.update(lr=step_size, capturable=calls == 4)  # which Adam asks for in a capture and warns of elsewhere
         # The deterministic scatter_add copies strides from the host (ATen, _scatter_via_index_put), which no capture
@@ -370,8 +371,8 @@ def graphed(body: Callable, optimizers: dict[str, torch.optim.Optimizer]) -> Cal
         torch.use_deterministic_algorithms(False)
         outputs.update(body(inputs))
         torch.use_deterministic_algorithms(is_deterministic)
-        for group, number in zip(groups, numbers):
-            group.update(lr=number, capturable=False)  # so that checkpoints are those of a run without graphs
+        for group, step_size in zip(groups, own_step_sizes):
+            group.update(lr=step_size, capturable=False)  # so that checkpoints are those of a run without graphs
 
     def call(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         nonlocal calls
@@ -380,8 +381,8 @@ def graphed(body: Callable, optimizers: dict[str, torch.optim.Optimizer]) -> Cal
         if calls == 1:
             inputs.update({name: value.clone() for name, value in batch.items()})
             step_sizes.extend(torch.zeros((), dtype=torch.float32, device=device) for _ in groups)
-        for name, value in batch.items():
-            inputs[name].copy_(value)
+        for name, value in inputs.items():
+            value.copy_(batch[name])
         for group, step_size in zip(groups, step_sizes):
             step_size.fill_(group["lr"])
         if calls < 4:

@@ -1145,7 +1145,7 @@ def fields_of(args: World, num_runs: int, eta: Tensor | None = None) -> dict:
     for name in ("horizon", "period", "cutoffs"):
         if getattr(args, name) is not None:
             fields[name] = getattr(args, name)
-    task = vars(Economy) | TASKS[args.env_id] | fields
+    task = {"horizon": Economy.horizon, "period": Economy.period} | TASKS[args.env_id] | fields
     horizon, period = task["horizon"], task["period"]
     if period > horizon:
         raise ValueError(f"period must be at most {horizon}, the steps of an episode, got {period}")

@@ -25,7 +25,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
@@ -356,6 +356,7 @@ def setup(args) -> torch.device:
         raise ValueError(f"--num-seeds must be a multiple of torchrun's {world_size} processes, got {args.num_seeds}")
     args.num_seeds //= world_size
     args.seed += rank * args.num_seeds
+    code_of(type(args))  # of the code that runs, whatever is edited meanwhile
     torch.set_num_threads(args.num_threads)
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # filling costs a tenth of an update
@@ -419,28 +420,33 @@ def load(path: Path) -> dict:
         raise ValueError(f"{path} is no readable checkpoint: {reason or type(error).__name__}") from None
 
 
-def code_of(args) -> str:
-    """A digest of the script that `args` belong to and of our environments."""
-    paths = [Path(sys.modules[type(args).__module__].__file__), *sorted(Path(__file__).parent.glob("*.py"))]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+@cache
+def code_of(kind: type) -> str:
+    """A digest of the script that has the arguments `kind`, of our environments, torch and the kind of device, as they
+    are when it is first asked for."""
+    paths = [Path(sys.modules[kind.__module__].__file__), *sorted(Path(__file__).parent.glob("*.py"))]
+    digest = hashlib.sha256(f"{torch.__version__} {torch.cuda.is_available()}".encode())
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def save_part(run_dir: Path, part: str, values: dict, args) -> None:
     """`part`.pt in a run's folder, for other runs."""
-    save(run_dir / f"{part}.pt", {"args": asdict(args), "code": code_of(args), part: values})
+    save(run_dir / f"{part}.pt", {"args": asdict(args), "code": code_of(type(args)), part: values})
 
 
 def find_part(part: str, args, others: Collection[str]) -> dict:
     """The newest `part`.pt in args.runs_dir that the same code has made with the same arguments but for `others`; {} if
     there is none."""
-    given, code = pack(asdict(args)), code_of(args)
+    given, code = pack(asdict(args)), code_of(type(args))
     names = given.keys() - set(others)
     paths = Path(args.runs_dir).glob(f"*/{part}.pt")
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
-        with contextlib.suppress(ValueError):  # damaged
+    for path in sorted(paths, key=lambda path: path.parent.name.split("__")[-1], reverse=True):  # by their time
+        with contextlib.suppress(ValueError, OSError):  # damaged, or gone
             saved = load(path)
             if saved.get("code") == code and all(saved["args"].get(name) == given[name] for name in names):
-                print(f"{part} of {path}")
+                print(f"{part} taken from {path}")
                 return saved
     return {}
 

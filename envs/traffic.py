@@ -767,10 +767,10 @@ def outcome(reward: Tensor, info: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def compiled_step(env: Traffic) -> Callable:
-    """env.step, compiled for any number of environments, or as it is if it cannot be."""
+    """env.step, compiled, on a CPU for any number of environments, or as it is if it cannot be."""
     if not can_compile("the traffic simulator", "compile"):
         return env.step
-    torch._dynamo.config.recompile_limit = 32
+    torch._dynamo.config.recompile_limit = 32  # on a GPU for each network and number of environments
     torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal here differ in other networks
     speed = torch.as_tensor(env.speed, dtype=env.dtype, device=env.device).expand(env.num_envs).contiguous()
     flow = env.inflow.T.expand(env.num_envs, -1).contiguous()

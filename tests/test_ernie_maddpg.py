@@ -15,6 +15,7 @@ from envs import particle, perturb, robustness, runs
 from ernie_maddpg import Args
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NEEDS_GPU = pytest.mark.skipif(DEVICE.type != "cuda", reason="a CPU ignores it")
 SMALL = dict(num_envs=4, batch_size=32, hidden_size=16, learning_starts=100, buffer_size=1000, reg_batch_size=16)
 SMALL |= dict(total_timesteps=400, log_interval=100, checkpoint_interval=200, eval_episodes=4, wandb_mode="disabled")
 
@@ -136,13 +137,15 @@ def test_adversarial_gradient_is_the_leader_term(continuous):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("continuous", [True, False])
-def test_compiled_losses_have_the_eager_gradients(continuous):
-    args, env, nets, batch = world(double=True, continuous_actions=continuous, attack_steps=2, action_reg_coef=0.1)
+@pytest.mark.parametrize("continuous,attacks", [(True, True), (False, True), (True, False)])
+def test_compiled_losses_have_the_eager_gradients(continuous, attacks):
+    options = dict(attack_steps=2, action_reg_coef=0.1) if attacks else dict(regularizer="none")
+    backend = BACKEND if attacks else "inductor"  # a CPU compiles losses without attacks
+    args, env, nets, batch = world(double=True, continuous_actions=continuous, **options)
     for name in ("critic", "actor"):
         loss = getattr(script, f"{name}_loss")
         gradients = []
-        for function in (loss, torch.compile(loss, fullgraph=True, backend=BACKEND)):
+        for function in (loss, torch.compile(loss, fullgraph=True, backend=backend)):
             value, _ = function(nets, batch, env, args)
             gradients.append(torch.autograd.grad(value, nets[name].flat)[0])
         torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-11)
@@ -404,7 +407,7 @@ MODES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [*MODES, dict(cuda_graphs=True)])
+@pytest.mark.parametrize("options", [*MODES, pytest.param(dict(cuda_graphs=True), marks=NEEDS_GPU)])
 def test_every_option_trains(tmp_path, options):
     _, _, _, rows = short_train(tmp_path, "run", **options)
     assert len(rows) == 3 and all(math.isfinite(float(v)) for v in rows[-1].values())

@@ -40,10 +40,10 @@ SMALL = {  # script: flags of a run of seconds, with more than three updates and
     "rma3c": f"{REPLAY} --horizon=5 --batch-size=32 --hidden-size=16",
     "ermas_bimatrix": "--num-iterations=12 --log-interval=3 --checkpoint-interval=2 --num-envs=8 --horizon=6"
     " --inner-steps=2 --eval-iterations=3 --eval-q 0 0.5",
-    "ermas_economy": "--horizon=20 --period=5 --phase-one-timesteps=160 --response-steps=80 --phase-two-timesteps=240"
-    " --log-interval=80 --checkpoint-interval=80"
+    "ermas_economy": "--horizon=40 --period=10 --phase-one-timesteps=320 --response-steps=160 --phase-two-timesteps=480"
+    " --log-interval=160 --checkpoint-interval=160"
     " --num-envs=2 --hidden-size=8 --planner-hidden-size=8 --num-minibatches=2 --update-epochs=1"
-    " --trust-batch-size=16 --cg-steps=3 --eval-eta 0.1 0.3 --eval-timesteps=160 --eval-episodes=0",
+    " --trust-batch-size=16 --cg-steps=3 --eval-eta 0.1 0.3 --eval-timesteps=320 --eval-episodes=0",
 }
 TASKS = {  # modules of envs/ whose tasks a script runs
     "ernie_maddpg": {"particle", "drones"},
@@ -55,7 +55,7 @@ TASKS = {  # modules of envs/ whose tasks a script runs
     "ermas_bimatrix": {"bimatrix"},
     "ermas_economy": {"economy"},
 }
-LONGER = {"ermas_bimatrix": "--num-iterations=18", "ermas_economy": "--phase-two-timesteps=400"}  # half as long again
+LONGER = {"ermas_bimatrix": "--num-iterations=18", "ermas_economy": "--phase-two-timesteps=800"}  # half as long again
 QUICK = {"ermas_bimatrix": "--eval-iterations=1"}  # the shortest report
 REPORT = {"ermas_bimatrix": ("test_games.csv", "report.png"), "ermas_economy": ("welfare.csv", "report.png")}
 OFFLINE = "--wandb-mode=disabled"
@@ -184,6 +184,7 @@ def test_a_run_leaves_what_it_promises(script, finished, monkeypatch):
     for name in ("metrics.csv", "checkpoint.pt", "policy.pt", *report_of(script), "episode.gif"):
         assert (folder / name).stat().st_size > 0
     assert not list(folder.glob("*.tmp"))
+    assert any(float(row.get("charts/welfare", 1)) for row in rows)  # agents earn something in these few steps
     report = runs.read_rows(folder / report_of(script)[0])
     assert {row["seed"] for row in report} == {row["seed"] for row in rows} == {"1", "2"}
     assert len(steps_of(rows)) > 2 and out.count("/s, ") >= len(steps_of(rows))  # without a terminal, a line per log
