@@ -198,7 +198,7 @@ def crowd(num_agents: int) -> Study:
         methods,
         flags,
         quick={"total_timesteps": 8_000, "eval_episodes": 4},
-        select={"eval_episodes": 100},
+        select={"total_timesteps": 50_000, "eval_episodes": 100},
         scripts=scripts,
         seeds=(1, 10) if num_agents <= 6 else (1, 5),
         shown=("gaussian", "mad", "worst_case"),
