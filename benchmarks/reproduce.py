@@ -127,6 +127,7 @@ SPREAD_METHODS = regularizers(
         {"epsilon": 1.0, "reg_coef": 0.01},
     ),
 )
+SPREAD_METHODS["default"] = [{}]  # a stronger point than the choice finds
 SPREAD_METHODS["m3ddpg"] = [
     {"regularizer": "none", "minimax_epsilon": alpha} for alpha in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 ]
@@ -168,8 +169,7 @@ def crowd(num_agents: int) -> Study:
         "steps_per_update": 25,
         "attack_steps": 1,
     }
-    if num_agents > 6:
-        flags["eval_episodes"] = 1000 // num_agents
+    flags["eval_episodes"] = 1000 // num_agents if num_agents > 6 else 200
     meanfield = {
         "reg_batch_size": max(8, 96 // num_agents),
         "transport_steps": 50,
@@ -358,7 +358,16 @@ STUDIES = {
         seeds=(1, 10),
         select_seeds=(101, 103),
         shown=("gaussian", "mad", "worst_case"),
-        points="worst_case",
+        claims=(
+            ("stackelberg", "none"),
+            ("stackelberg", "adversarial"),
+            ("stackelberg", "random"),
+            ("stackelberg", "gaussian"),
+            ("default", "none"),
+            ("m3ddpg", "none"),
+            ("rma3c", "none"),
+        ),
+        points="mad",
     ),
     "tag": RIVALS(flags=RIVALS_FLAGS | {"env_id": "simple_tag_v3"}),
     "crypto": RIVALS(flags=RIVALS_FLAGS | {"env_id": "simple_crypto_v3"}),
@@ -772,6 +781,7 @@ METHODS = {  # colour, and name in a legend with the paper's
     "ernie_a": ("C5", "ERNIE-A"),
     "maddpg": ("C9", "MADDPG"),
     "m3ddpg": ("C5", "M3DDPG"),
+    "default": ("C6", "stackelberg: ERNIE, epsilon 0.3, lambda 0.1"),
     "rma3c": ("C7", "RMA3C"),
 }
 PERTURBATIONS = {  # what an axis shows
@@ -828,7 +838,8 @@ def draw(name: str, study: Study, tables: dict[str, Table]) -> Figure:
     """Under every perturbation shown the value of each method and, below, its difference to the first one, paired by
     seed."""
     first = next(iter(tables))
-    agents = [agent for agent in dict.fromkeys(agent for agent, *_ in tables[first]) if agent != "mean"] or [""]
+    names = dict.fromkeys(agent for agent, *_ in tables[first])
+    agents = [agent for agent in names if agent != "mean"] or list(names)
     panels = []
     for agent in agents:
         for family in study.shown:
@@ -859,7 +870,7 @@ def draw(name: str, study: Study, tables: dict[str, Table]) -> Figure:
         draw_levels(value_axis, curves, labels, styles, is_ordered)
         draw_levels(gain_axis, gains, labels, styles, is_ordered)
         gain_axis.set_xlabel(PERTURBATIONS[family])
-        value_axis.set_title(agent, fontsize=10)
+        value_axis.set_title(agent if len(agents) > 1 else "", fontsize=10)
         if column == 0:
             value_axis.set_ylabel(VALUES[study.result.value], fontsize=9)
             gain_axis.set_ylabel(f"less {first}, paired", fontsize=9)

@@ -127,6 +127,14 @@ def test_rows_of_agents_and_of_fixed_lights():
     assert values.tolist() == [2.0, 2.0] and len(table) == 2
 
 
+@pytest.mark.parametrize("agents", [("mean",), ("leader", "mean"), ("",)])
+def test_pictures_of_a_mean_and_of_agents(agents):
+    study = replace(reproduce.STUDIES["drones"], shown=("gaussian",))
+    keys = [(agent, *point) for agent in agents for point in (("clean", "0.0"), ("gaussian", "0.1"))]
+    tables = {method: {key: np.arange(3.0) for key in keys} for method in ("none", "stackelberg")}
+    assert len(reproduce.draw("toy", study, tables).axes) == 2
+
+
 def test_every_figure_and_table_has_its_studies():
     every = [name for group in (*reproduce.FIGURES.values(), *reproduce.TABLES.values()) for name in group]
     assert set(every) == set(reproduce.STUDIES)
