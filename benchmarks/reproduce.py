@@ -183,7 +183,7 @@ def crowd(num_agents: int) -> Study:
         for mode in ERNIE:
             best = points[-1] if mode == "stackelberg" else points[0]
             methods[mode] = [{"regularizer": mode} | best]
-    claims = [("stackelberg", "none")]
+    claims = [("stackelberg", "none"), ("stackelberg", "gaussian")]
     scripts = {}
     if num_agents <= 15:
         methods["maddpg"] = [{"regularizer": "none"}]
