@@ -538,7 +538,8 @@ def rollout(step_env: Callable, env: Env, actor: MLP, std: float, generators: Ge
             explored = squash(output, env) + std * half_width * noise[:, t]
             action = explored.clamp(env.action_low, env.action_high)
         action = action * env.action_mask[:, None]
-        state, obs, reward, terminated, _, info = step_env(state, envs.for_env(action, env), env.draw(generators))
+        env_action = envs.for_env(action, env)
+        state, obs, reward, terminated, _, info = step_env(state, env_action, env.draw(generators))
         steps["obs"].append(obs)
         steps["actions"].append(action.transpose(1, 2).flatten(0, 1))
         steps["rewards"].append(reward)
@@ -559,7 +560,7 @@ def sample(replay: Batch, filled: int, args: Args, generators: Generators) -> Ba
     S, E, T, _ = replay["terminated"].shape
     pick = envs.per_seed(partial(torch.randint, filled * T), (args.batch_size,), generators)
     seed = torch.arange(S, device=pick.device)
-    pick += E * T * seed[:, None]  # [S, M] into the flattened [S, E, T]
+    pick = pick + E * T * seed[:, None]  # [S, M] into the flattened [S, E, T]
     row = pick + pick // T  # an episode has one observation more than transitions
 
     def gather(name: str, index: Tensor) -> Tensor:
@@ -683,7 +684,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
     steps_per_iteration = args.num_envs * env.horizon
     step_env, losses = compiled(env, args)
     learn = partial(update, nets, optimizers, losses, env=env, args=args)
-    if args.cuda_graphs and env.device.type == "cuda":
+    if args.cuda_graphs:
         learn = envs.graphed(learn, optimizers)
     new_streams = partial(envs.make_generators, args.seed, S, device=env.device)
     streams = {purpose: new_streams(purpose) for purpose in ("rollout", "replay", "noise")}
@@ -726,8 +727,10 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             step += steps_per_iteration
             filled = min(iteration, slots) * args.num_envs
             while (num_updates + 1) * args.steps_per_update <= step - args.learning_starts:
-                batch = sample(replay, filled, args, streams["replay"]) | draw_noise(streams["noise"], env, args)
-                for name, value in learn(batch).items():
+                batch = sample(replay, filled, args, streams["replay"])
+                batch |= draw_noise(streams["noise"], env, args)
+                metrics = learn(batch)
+                for name, value in metrics.items():
                     window[name].append(value)
                 num_updates += 1
             bar.update(steps_per_iteration)

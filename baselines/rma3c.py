@@ -226,7 +226,7 @@ def policy(actor: MLP, obs: Tensor, env: Env) -> Tensor:
 
 def one_hot_best(output: Tensor) -> Tensor:
     """The largest of the last axis as one-hot."""
-    return F.one_hot(output.argmax(-1), output.shape[-1]).to(output.dtype)
+    return torch.zeros_like(output).scatter(-1, output.argmax(-1, keepdim=True), 1.0)
 
 
 def squash(output: Tensor, env: Env) -> Tensor:

@@ -115,9 +115,9 @@ PARTICLE = partial(
     quick={"total_timesteps": 8_000, "eval_episodes": 10},
     claims=(("stackelberg", "none"), ("stackelberg", "adversarial"), ("stackelberg", "gaussian"), ("m3ddpg", "none")),
 )
-NOISES = ("gaussian", "random", "adversarial", "stackelberg")
+MODES = ("gaussian", "random", "adversarial", "stackelberg")
 SPREAD_METHODS = regularizers(
-    NOISES,
+    MODES,
     (
         {"epsilon": 0.1, "reg_coef": 0.02},
         {"epsilon": 0.1, "reg_coef": 0.1},
@@ -146,7 +146,7 @@ RIVALS_FLAGS = FORMER | {
     "eval_episodes": 200,
 }
 RIVALS_METHODS = regularizers(
-    NOISES,
+    MODES,
     (
         {"epsilon": 0.3, "reg_coef": 0.02, "reg_batch_size": 128},
         {"epsilon": 0.5, "reg_coef": 0.1, "reg_batch_size": 128},
@@ -168,8 +168,8 @@ def crowd(num_agents: int) -> Study:
         "total_timesteps": 100_000,
         "steps_per_update": 25,
         "attack_steps": 1,
+        "eval_episodes": 1000 // num_agents if num_agents > 6 else 200,
     }
-    flags["eval_episodes"] = 1000 // num_agents if num_agents > 6 else 200
     meanfield = {
         "reg_batch_size": max(8, 96 // num_agents),
         "transport_steps": 50,
@@ -647,10 +647,10 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
         if method in pending:
             paths = [cluster.get(run) for run in pending[method]]
             scores = [score(study, method, path) if path else np.nan for path in paths]
-            if len(grids[method]) > 1 and not np.isfinite(scores).any():
-                cluster.failures.append(f"{name}_{method}: no point of its grid has a result")
-                continue
             if len(grids[method]) > 1:
+                if not np.isfinite(scores).any():
+                    cluster.failures.append(f"{name}_{method}: no point of its grid has a result")
+                    continue
                 chosen[method] = grids[method][int(np.nanargmax(scores))]
             for number, (flags, path) in enumerate(zip(grids[method], paths), 1):
                 if path:
@@ -904,8 +904,9 @@ def draw_points(study: Study, rows: Rows) -> Figure:
     margin = 0.1 * (high - low)
     axis.set_xlim(low - margin, high + margin)
     value, under = VALUES[study.result.value], PERTURBATIONS[study.points].rsplit(",", 1)[0]
-    axis.set(xlabel=f"{value}, {PERTURBATIONS['clean']}", ylabel=f"{under}, the strongest")
-    title = f"points tried, short runs, mean of {rows[0]['seeds']} seeds; the tenth that loses most is outside"
+    axis.set(xlabel=f"{value}, {PERTURBATIONS['clean']}", ylabel=f"{value}, {under} of the largest radius")
+    seeds = rows[0]["seeds"]
+    title = f"short runs, mean of {seeds} seeds; numbers as in the table; the tenth that loses most is outside"
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

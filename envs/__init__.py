@@ -351,12 +351,17 @@ def new_figure(width: float, height: float):
 
 
 def graphed(body: Callable, optimizers: dict[str, torch.optim.Optimizer]) -> Callable:
-    """`body`, from a dictionary of tensors to another, on a GPU, with all its kernels in one launch. The first three
+    """`body`, from a dictionary of tensors to another, on a GPU with all its kernels in one launch. The first three
     calls run it as it is, which creates what is created once; the fourth captures it in a CUDA graph. From then on no
     line of it runs: its kernels do, on the same memory with the same Python numbers. So what changes from call to call
     must be in its argument, of the same shapes; step sizes of `optimizers`, fused Adams, may change as well. It runs
     without deterministic algorithms."""
     device = next(iter(optimizers.values())).param_groups[0]["params"][0].device
+    return captured(body, optimizers, device) if device.type == "cuda" else body
+
+
+def captured(body: Callable, optimizers: dict[str, torch.optim.Optimizer], device: torch.device) -> Callable:
+    """What `graphed` returns on a GPU."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     inputs, outputs, step_sizes = {}, {}, []
     calls = 0

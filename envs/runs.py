@@ -439,19 +439,18 @@ def save_part(run_dir: Path, part: str, values: dict, args) -> None:
 def find_part(part: str, args, others: Collection[str]) -> dict:
     """The newest `part`.pt in args.runs_dir that the same code has made with the same arguments but for `others`; {} if
     there is none."""
-    given, code = pack(asdict(args)), code_of(type(args))
-    names = given.keys() - set(others)
+    code, names = code_of(type(args)), asdict(args).keys() - set(others)
     paths = Path(args.runs_dir).glob(f"*/{part}.pt")
     for path in sorted(paths, key=lambda path: path.parent.name.split("__")[-1], reverse=True):  # by their time
-        with contextlib.suppress(ValueError, OSError):  # damaged, or gone
-            saved = load(path)
-            if saved.get("code") == code and all(saved["args"].get(name) == given[name] for name in names):
+        with contextlib.suppress(ValueError, OSError):  # of other settings, damaged, or gone
+            saved = load_part(path, part, args, names)
+            if saved.get("code") == code:
                 print(f"{part} taken from {path}")
                 return saved
     return {}
 
 
-def load_part(path: str | Path, part: str, args, names: list[str]) -> dict:
+def load_part(path: str | Path, part: str, args, names: Collection[str]) -> dict:
     """A file of another run that holds `part`. Raise ValueError if it does not, or arguments `names` differ there."""
     saved = load(Path(path))
     if part not in saved:

@@ -442,7 +442,8 @@ def test_updates_in_a_cuda_graph_are_those_without(options, resumed, monkeypatch
     replay = script.rollout(env.step, env, nets["actor"], 0.5, streams)
     batches = [script.sample(replay, 4, args, streams) | script.draw_noise(streams, env, args) for _ in range(9)]
     (plain, update), (graphed, update_graphed) = learner(env, args), learner(env, args)
-    update_graphed = envs.graphed(update_graphed, graphed["optimizers"])
+    assert (envs.graphed(update, plain["optimizers"]) is update) == (DEVICE.type == "cpu")
+    update_graphed = envs.captured(update_graphed, graphed["optimizers"], DEVICE)
     if resumed:
         update(batches[0])
         for state in (graphed, plain):
