@@ -89,6 +89,7 @@ class Study:
     percentiles: tuple[tuple[str, str], ...] = ()  # (perturbation, level) of a picture of the seeds' values in order
     alone: tuple[str, ...] = ()  # perturbations that have a picture of their own too
     points: str | None = None  # perturbation of a picture of every point of the grids, on the seeds of the choice
+    fixed_opponents: bool = False  # teams are judged against opponents of the first method, see `cross_play`
     reuse: tuple[str, Flags] | None = None  # the method that trains first, and flags of the others with its {folder}
     label: Callable[[dict, str], str] | None = None  # (row, run) -> method, where a run holds several
     picture: Callable[[dict[str, Rows], dict[str, Path]], Figure] | None = None  # from rows and files, in place of ours
@@ -181,8 +182,7 @@ def crowd(num_agents: int) -> Study:
     methods["none"] = [{"regularizer": "none"} | meanfield]
     if num_agents > 3:  # what they chose
         for mode in ERNIE:
-            best = points[-1] if mode == "stackelberg" else points[0]
-            methods[mode] = [{"regularizer": mode} | best]
+            methods[mode] = [{"regularizer": mode} | points[-1]]
     claims = [("stackelberg", "none"), ("stackelberg", "gaussian")]
     scripts = {}
     if num_agents <= 15:
@@ -558,6 +558,38 @@ def run(command: list[str], runs_dir: Path, pattern: str, result: str) -> Path:
     return max(finished)
 
 
+def cross_play(script: str, result: Path, rivals: Path, count: int = 4, episodes: int = 50) -> Path:
+    """The result of a run of ernie_maddpg.py whose teams meet opponents that have trained elsewhere, the same for every
+    method: those of seed k the opponents of the next `count` seeds of the run of `rivals`, averaged."""
+    saved = {path: torch.load(path.with_name("policy.pt"), weights_only=True) for path in (result, rivals)}
+    args = saved[result]["args"]
+    S = args["num_seeds"]
+    count = min(count, S - 1)
+    team = envs.make(args["env_id"], 1).cooperators
+    shift = 1 + torch.arange(count)
+    other = (torch.arange(S)[:, None] + shift).flatten() % S  # [S * count]
+    nets = {}
+    for name, flat in saved[result]["nets"].items():
+        own = flat.unflatten(0, (S, -1)).repeat_interleave(count, 0)
+        theirs = saved[rivals]["nets"][name].unflatten(0, (S, -1))[other]
+        nets[name] = torch.where(team[:, None], own, theirs).flatten(0, 1)
+    folder = result.with_name("cross_play")
+    folder.mkdir(exist_ok=True)
+    runs.save(folder / "policy.pt", {"args": args | {"num_seeds": S * count}, "nets": nets})
+    command = [str(ROOT / script), f"--evaluate={folder}", f"--eval-episodes={episodes}"]
+    rows = runs.read_rows(run(command, folder.parent, folder.name, result.name))
+    cells: dict[tuple, list[dict]] = {}
+    for row in rows:
+        seed = args["seed"] + (int(row["seed"]) - args["seed"]) // count
+        cells.setdefault((seed, row["agent"], row["perturbation"], row["strength"]), []).append(row)
+    means = []
+    for (seed, *_), group in cells.items():
+        value = np.mean([float(row["return"]) for row in group])
+        means.append(group[0] | {"seed": seed, "return": value})
+    runs.write_rows(folder / "mean.csv", means)
+    return folder / "mean.csv"
+
+
 def words(flags: Flags) -> list[str]:
     """A command line."""
     line = []
@@ -587,7 +619,8 @@ class Cluster:
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the runs on a machine with other work
         ray.init(address=self.args.ray_address, log_to_driver=False)
         self.ray = ray
-        self.task = ray.remote(num_cpus=self.args.cpus_per_run, num_gpus=self.args.gpus_per_run, max_retries=5)(run)
+        self.remote = ray.remote(num_cpus=self.args.cpus_per_run, num_gpus=self.args.gpus_per_run, max_retries=5)
+        self.task = self.remote(run)
 
     def start(self, name: str, study: Study, method: str, flags: Flags, seeds: tuple[int, int], reused: Flags = {}):
         """The task of a run; its name is `name`, the study's and the method's, with a digest of its flags and seeds:
@@ -616,6 +649,14 @@ class Cluster:
             print(f"FAILED {self.failures[-1]}", file=sys.stderr, flush=True)
             return None
 
+    def meet(self, study: Study, paths: list[Path | None], rivals: Path | None) -> list[Path | None]:
+        """Results of runs against the opponents of another one, where the study asks for that."""
+        if not study.fixed_opponents or rivals is None:
+            return paths
+        task = self.remote(cross_play)
+        started = [path and (path.parent.name, task.remote(study.script, path, rivals)) for path in paths]
+        return [run and self.get(run) for run in started]
+
 
 def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
     """All runs of a study: method -> flags of its point of the grid, result."""
@@ -624,7 +665,7 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
     grids = {method: grid[:1] if quick else grid for method, grid in study.methods.items()}
     pending = {}
     for method, grid in grids.items():
-        if len(grid) > 1 or (study.points and not quick):
+        if len(grid) > 1 or (study.points or study.fixed_opponents) and not quick:
             run_name = f"{name}_{method}_select"
             pending[method] = [
                 cluster.start(f"{run_name}{k}", study, method, flags | study.select, study.select_seeds)
@@ -643,9 +684,12 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
     started = {}
     remaining = [method for method in grids if method not in found]
     points = []
+    rivals = None  # of the choice: the first method has a single point
     for method in sorted(remaining, key=lambda method: method in pending):  # choices last
         if method in pending:
             paths = [cluster.get(run) for run in pending[method]]
+            rivals = rivals or paths[0]
+            paths = cluster.meet(study, paths, rivals)
             scores = [score(study, method, path) if path else np.nan for path in paths]
             if len(grids[method]) > 1:
                 if not np.isfinite(scores).any():
@@ -659,8 +703,10 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
             print(f"{name} {method}: {' '.join(words(chosen[method]))}  (scores: {shown})", flush=True)
         flags = chosen[method]
         started[method] = flags, cluster.start(f"{name}_{method}", study, method, flags, seeds, reused)
-    for method, (flags, run) in started.items():
-        if path := cluster.get(run):
+    paths = [cluster.get(run) for _, run in started.values()]
+    paths = cluster.meet(study, paths, paths[0])
+    for (method, (flags, _)), path in zip(started.items(), paths):
+        if path:
             found[method] = flags, path
     if study.points and points:
         runs.write_rows(cluster.args.results_dir / f"{name}_points.csv", points)

@@ -31,7 +31,8 @@ from torch import Tensor
 from envs import print_speed, runs, save_gif
 
 POSITIVE = ("dt", "mass", "contact_margin")  # fields that must be above zero; the next may be zero
-FIELDS = (*POSITIVE, "damping", "contact_force", "max_speed_scale", "accel_scale", "local_ratio", "horizon")
+CONSTANTS = (*POSITIVE, "damping", "contact_force", "max_speed_scale", "accel_scale", "local_ratio", "horizon")
+FIELDS = (*CONSTANTS, "nearest_first")
 MOVE = 5  # entries (values, if discrete) of a movement: nothing, -x, +x, -y, +y
 TINY = 1e-30  # smallest squared distance: two bodies at one point push each other with force 0, where mpe2 gives NaN
 RED, GREEN, BLUE, GREY, ORANGE = (200, 80, 70), (70, 160, 80), (66, 110, 190), (120, 120, 120), (235, 160, 50)
@@ -116,6 +117,18 @@ def landmarks(env, state: State, agents: slice) -> Tensor:
 def others(env, state: State, agents: slice) -> Tensor:
     """Where the other agents are, seen from the agent."""
     return (drop_self(state.position[None], agents) - state.position[agents, None]).flatten(1, 2)
+
+
+def nearest_first(block: Callable) -> Callable:
+    """The places of an observation block in the order of their distance: what an agent knows of others that are all
+    alike does not depend on who has which number."""
+
+    def ordered(env, state: State, agents: slice) -> Tensor:
+        places = block(env, state, agents).unflatten(1, (-1, 2))  # [n, m, 2, B]
+        order = length(places).argsort(dim=1, stable=True)
+        return places.take_along_dim(order[:, :, None], 1).flatten(1, 2)
+
+    return ordered
 
 
 def silence(env, state: State, agents: slice) -> Tensor:
@@ -297,10 +310,13 @@ def reference_reward(env, state: State) -> Tensor:
 # ---------------------------------------------------------------- the tasks
 
 
-def spread(num_agents: int = 3) -> Task:
+def spread(num_agents: int = 3, sees_nearest_first: bool = False) -> Task:
     """N agents cover N landmarks without touching."""
     names = tuple(f"agent_{i}" for i in range(num_agents))
-    observes = (velocity, position, landmarks, others, silence)
+    places = (landmarks, others)
+    if sees_nearest_first:
+        places = map(nearest_first, places)
+    observes = (velocity, position, *places, silence)
     return Task((Role(names, observes, size=0.15),), (Landmarks(num_agents),), spread_reward)
 
 
@@ -419,10 +435,15 @@ class ParticleEnv:
     accel_scale: float | Tensor = 1.0  # times each agent's own force at full action
     local_ratio: float | Tensor = 0.5  # weight of an agent's own part of the reward (spread, reference)
     horizon: int = 25  # steps of an episode (mpe2's max_cycles)
+    nearest_first: bool = False  # spread: observations have landmarks and other agents in the order of their distance
 
     def __post_init__(self):
         self._check()
-        self.task = task = TASKS[self.env_id] if self.env_id != "simple_spread_v3" else spread(self.num_agents or 3)
+        self.task = task = TASKS[self.env_id]
+        if self.env_id == "simple_spread_v3":
+            self.task = task = spread(self.num_agents or 3, self.nearest_first)
+        elif self.nearest_first:
+            raise ValueError(f"nearest_first must be False in {self.env_id}, got {self.nearest_first}")
         self.agents = [name for role in task.roles for name in role.names]
         if self.num_agents not in (None, len(self.agents)):
             raise ValueError(f"num_agents of {self.env_id} must be {len(self.agents)}, got {self.num_agents}")
@@ -468,12 +489,14 @@ class ParticleEnv:
         self._probe()
 
     def _check(self):
-        for name in FIELDS:
+        for name in CONSTANTS:
             value = torch.as_tensor(getattr(self, name))
             high_enough = value > 0 if name in POSITIVE else value >= (1 if name == "horizon" else 0)
             if not bool((high_enough & value.isfinite()).all()):
                 rule = "positive" if name in POSITIVE else "1 or more" if name == "horizon" else "0 or more"
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
+        if not isinstance(self.nearest_first, bool):
+            raise ValueError(f"nearest_first must be true or false, got {self.nearest_first}")
         for name in ("num_envs", "num_agents"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")

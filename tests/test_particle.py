@@ -319,12 +319,33 @@ def test_global_state_and_pictures():
         ({"horizon": 0}, "horizon must be 1 or more, got 0"),
         ({"num_envs": 0}, "num_envs must be 1 or more, got 0"),
         ({"num_agents": 0}, "num_agents must be 1 or more, got 0"),
+        ({"nearest_first": 2}, "nearest_first must be true or false, got 2"),
+        ({"env_id": "simple_tag_v3", "nearest_first": True}, "nearest_first must be False in simple_tag_v3, got True"),
     ],
 )
 def test_wrong_settings(options, message):
     with pytest.raises(ValueError, match=message) as error:
         envs.make(**{"env_id": "simple_spread_v3", "num_envs": 2, **options})
     assert "\n" not in str(error.value)
+
+
+def test_nearest_first_is_a_reordering_that_forgets_numbers():
+    options = {"num_envs": 3, "device": DEVICE, "num_agents": 4}
+    plain, env = envs.make("simple_spread_v3", **options), envs.make("simple_spread_v3", nearest_first=True, **options)
+    (state, obs), (_, ordered) = plain.reset(generators(0)), env.reset(generators(0))
+    assert torch.equal(env.obs_mask, plain.obs_mask)
+    own, marks, others, rest = obs.split((4, 8, 6, 6), 2)
+    expected = [own]
+    for places in (marks, others):
+        pairs = [sorted(row.unflatten(0, (-1, 2)).tolist(), key=lambda p: np.hypot(*p)) for row in places.flatten(0, 1)]
+        expected.append(torch.tensor(pairs, device=DEVICE).view_as(places))
+    torch.testing.assert_close(ordered, torch.cat((*expected, rest), 2))
+    order = [0, 3, 1, 2]  # others and landmarks change their numbers
+    position = state.position.movedim(-1, 0)[:, order]
+    landmarks = state.landmarks.movedim(-1, 0)[:, [2, 0, 1, 3]]
+    renamed = env.make_state(position, torch.zeros_like(position), landmarks)
+    assert torch.equal(env.observe(renamed)[:, 0], ordered[:, 0])
+    assert not torch.equal(plain.observe(renamed)[:, 0], obs[:, 0])
 
 
 def test_number_of_agents_and_horizon():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -66,6 +67,30 @@ def ray(monkeypatch):
 def arguments(tmp_path, **options) -> reproduce.Args:
     (tmp_path / "results").mkdir(exist_ok=True)
     return reproduce.Args(runs_dir=tmp_path / "runs", results_dir=tmp_path / "results", **options)
+
+
+def test_cross_play_swaps_opponents_alone_and_averages_over_them(tmp_path, monkeypatch):
+    args = {"env_id": "simple_tag_v3", "seed": 5, "num_seeds": 3}  # three hunters, one prey
+    for name, sign in (("a", 1.0), ("b", -1.0)):
+        flat = sign * (1 + torch.arange(12.0))[:, None].expand(12, 16)  # [S * N, K]
+        (tmp_path / name).mkdir()
+        runs.save(tmp_path / name / "policy.pt", {"args": args, "nets": {"actor": flat}})
+
+    def evaluated(command, runs_dir, pattern, result):
+        saved = torch.load(runs_dir / pattern / "policy.pt", weights_only=True)
+        assert saved["args"] == args | {"num_seeds": 6} and f"--evaluate={runs_dir / pattern}" in command
+        rows = [{"seed": 5 + k, "agent": "mean", "perturbation": "mad", "strength": 0.1, "return": row.mean().item()}
+                for k, row in enumerate(saved["nets"]["actor"].view(6, 4, 16)[:, :, 0])]  # fmt: skip
+        runs.write_rows(runs_dir / pattern / result, rows)
+        return runs_dir / pattern / result
+
+    monkeypatch.setattr(reproduce, "run", evaluated)
+    path = reproduce.cross_play("ernie_maddpg.py", tmp_path / "a" / "robustness.csv", tmp_path / "b" / "robustness.csv")
+    rows = read_rows(path)
+    hunters, prey = ([1, 2, 3], [5, 6, 7], [9, 10, 11]), (-4, -8, -12)
+    expected = [(sum(hunters[k]) + np.mean([prey[k - 1], prey[k - 2]])) / 4 for k in range(3)]
+    assert [row["seed"] for row in rows] == ["5", "6", "7"]
+    assert [float(row["return"]) for row in rows] == pytest.approx(expected)
 
 
 def test_words_of_a_command_line():
