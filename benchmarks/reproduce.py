@@ -133,31 +133,26 @@ SPREAD_METHODS["m3ddpg"] = [
     {"regularizer": "none", "minimax_epsilon": alpha} for alpha in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 ]
 SPREAD_METHODS["rma3c"] = [{"epsilon": epsilon} for epsilon in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)]
-FORMER = {  # settings of MADDPG in tag and crypto, of which their tables in results/ are
-    "share_parameters": False,
-    "gamma": 0.95,
-    "tau": 0.01,
-    "learning_rate": 1e-3,
-    "learning_rate_end": 1e-3,
-}
-RIVALS_FLAGS = FORMER | {
-    "total_timesteps": 200_000,
-    "batch_size": 512,
-    "steps_per_update": 50,
-    "eval_episodes": 200,
-}
 RIVALS_METHODS = regularizers(
     MODES,
     (
-        {"epsilon": 0.3, "reg_coef": 0.02, "reg_batch_size": 128},
-        {"epsilon": 0.5, "reg_coef": 0.1, "reg_batch_size": 128},
+        {"epsilon": 0.1, "reg_coef": 0.1},
+        {"epsilon": 0.3, "reg_coef": 0.02},
+        {"epsilon": 0.3, "reg_coef": 0.1},
     ),
 )
-RIVALS_METHODS["m3ddpg"] = [
-    {"regularizer": "none", "minimax_epsilon": 0.01},
-    {"regularizer": "none", "minimax_epsilon": 0.1},
-]
-RIVALS = partial(PARTICLE, methods=RIVALS_METHODS, select={"eval_episodes": 100})
+RIVALS_METHODS["m3ddpg"] = [{"regularizer": "none", "minimax_epsilon": alpha} for alpha in (0.01, 0.03, 0.1)]
+RIVALS_FLAGS = {"total_timesteps": 200_000, "eval_episodes": 10}  # what counts is the report of the cross-play
+RIVALS = partial(
+    PARTICLE,
+    methods=RIVALS_METHODS,
+    select={"total_timesteps": 100_000},
+    seeds=(1, 10),
+    select_seeds=(101, 103),
+    shown=("gaussian", "mad", "worst_case"),
+    points="worst_case",
+    fixed_opponents=True,
+)
 
 
 def crowd(num_agents: int) -> Study:
