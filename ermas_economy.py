@@ -91,7 +91,7 @@ class Experiment:
     capture_video: bool = False  # write a GIF of an episode of the trained policies
     log_interval: PositiveInt = 25_000  # environment steps between two rows of metrics.csv
     checkpoint_interval: PositiveInt = 100_000  # environment steps between two checkpoints
-    eval_eta: Etas = (0.1, 0.2, 0.23, 0.3, 0.5)
+    eval_eta: Etas = (0.17, 0.23, 0.32)
     """risk aversion of the test's agents, who learn from scratch under the frozen planner (paper: about 0.2 to 0.3)"""
     eval_timesteps: PositiveInt = 200_000
     """environment steps in which the test's agents, after their own phase one, learn to live with the taxes"""

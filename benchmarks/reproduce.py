@@ -343,6 +343,7 @@ FORMER_ECONOMY = {  # settings of the economy in the study `economy`, of which t
     "tax_annealing": 0.5,
     "regret_decay": 0.0,
     "epsilon": 0.002,
+    "eval_eta": (0.1, 0.2, 0.23, 0.3, 0.5),
 }
 STUDIES = {
     "spread": PARTICLE(

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow  # each trains a short run of every script
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 LIGHTS = (
-    "--total-timesteps=800 --num-envs=2 --rollout-steps=20 --warmup=20 --horizon=100 --eval-warmup=2 --eval-seconds=2"
+    "--total-timesteps=240 --num-envs=2 --rollout-steps=20 --warmup=20 --horizon=60 --eval-warmup=2 --eval-seconds=2"
     " --no-compile"
 )
 RUNS = (  # script, flags of a short run
@@ -27,7 +27,10 @@ RUNS = (  # script, flags of a short run
     ("baselines/rma3c", "--total-timesteps=2000 --learning-starts=1000 --hidden-size=16"),
     ("ernie_mappo", "--env-id=simple_adversary_v3 --num-envs=8 --total-timesteps=400 --num-minibatches=2"),
     ("ernie_coma", "--env-id=simple_spread_v3 --num-envs=8 --total-timesteps=800 --epsilon-units=raw"),
-    ("ernie_meanfield", "--total-timesteps=2000 --learning-starts=1000 --hidden-size=16 --num-agents=4"),
+    (
+        "ernie_meanfield",
+        "--total-timesteps=2000 --learning-starts=1000 --hidden-size=16 --num-agents=4 --no-compile-transport",
+    ),
     ("ernie_qcombo", LIGHTS),
     ("ernie_coma", LIGHTS),
 )
