@@ -365,6 +365,17 @@ STUDIES = {
         ),
         points="mad",
     ),
+    "spread_6": PARTICLE(
+        methods={
+            "none": [{"regularizer": "none"}],
+            "stackelberg": [{"epsilon": 0.1}],
+            "discrete": [{"regularizer": "none", "continuous_actions": False}],
+            "numbered": [{"regularizer": "none", "env_kwargs": ()}],
+        },
+        flags={"num_agents": 6, "env_kwargs": ("nearest_first=true",), "eval_episodes": 200},
+        shown=("gaussian", "mad", "worst_case"),
+        claims=(("stackelberg", "none"), ("none", "numbered")),
+    ),
     "tag": RIVALS(flags=RIVALS_FLAGS | {"env_id": "simple_tag_v3"}),
     "crypto": RIVALS(flags=RIVALS_FLAGS | {"env_id": "simple_crypto_v3"}),
     "drones": Study(
@@ -473,7 +484,10 @@ STUDIES = {
         reuse=("free-market", {"warm_start": "{folder}", "eval_agents": "{folder}/test_agents.pt"}),
     ),
 }
-PARTICLES, CROWDS = ("spread", "tag", "crypto"), tuple(name for name in STUDIES if name.startswith("meanfield"))
+PARTICLES, CROWDS = (
+    ("spread", "spread_6", "tag", "crypto"),
+    tuple(name for name in STUDIES if name.startswith("meanfield")),
+)
 FIGURES = {
     **{f"ernie-{k}": ("qcombo",) for k in (1, 2)},
     **{f"ernie-{k}": PARTICLES for k in (3, 9)},
