@@ -13,7 +13,8 @@ cluster whose machines share `--runs-dir`.
 
 A study is a script, its methods and their flags. Where a method has several points of (epsilon, lambda), or of alpha
 for M3DDPG, all methods as many, the point is chosen that has the highest mean over the clean environment and all
-strengths of the perturbations shown, on seeds of its own. A study leaves in `--results-dir`
+strengths of the perturbations shown, on seeds of its own. Where a study has fixed opponents, the teams of every method
+are judged against those that the first method has trained. A study leaves in `--results-dir`
 
     STUDY.csv             a row per script, environment, method, perturbation, level and seed
     STUDY_summary.csv     mean with 95% t-interval, interquartile mean with 95% bootstrap interval, worst seed, and the
@@ -175,7 +176,7 @@ def crowd(num_agents: int) -> Study:
     points = [{"epsilon": 0.3, "reg_coef": coef} | meanfield for coef in (0.1, 1.0)]
     methods = regularizers(ERNIE, points)
     methods["none"] = [{"regularizer": "none"} | meanfield]
-    if num_agents > 3:  # what they chose
+    if num_agents > 3:  # what gaussian and stackelberg chose
         for mode in ERNIE:
             methods[mode] = [{"regularizer": mode} | points[-1]]
     claims = [("stackelberg", "none"), ("stackelberg", "gaussian")]
@@ -366,6 +367,7 @@ STUDIES = {
         points="mad",
     ),
     "spread_6": PARTICLE(
+        text="ERNIE is better than or level with MADDPG under observation noise",
         methods={
             "none": [{"regularizer": "none"}],
             "stackelberg": [{"epsilon": 0.1}],
@@ -374,7 +376,7 @@ STUDIES = {
         },
         flags={"num_agents": 6, "env_kwargs": ("nearest_first=true",), "eval_episodes": 200},
         shown=("gaussian", "mad", "worst_case"),
-        claims=(("stackelberg", "none"), ("none", "numbered")),
+        claims=(("stackelberg", "none"),),
     ),
     "tag": RIVALS(flags=RIVALS_FLAGS | {"env_id": "simple_tag_v3"}),
     "crypto": RIVALS(flags=RIVALS_FLAGS | {"env_id": "simple_crypto_v3"}),
@@ -484,13 +486,12 @@ STUDIES = {
         reuse=("free-market", {"warm_start": "{folder}", "eval_agents": "{folder}/test_agents.pt"}),
     ),
 }
-PARTICLES, CROWDS = (
-    ("spread", "spread_6", "tag", "crypto"),
-    tuple(name for name in STUDIES if name.startswith("meanfield")),
-)
+PARTICLES = ("spread", "tag", "crypto")
+CROWDS = tuple(name for name in STUDIES if name.startswith("meanfield"))
 FIGURES = {
     **{f"ernie-{k}": ("qcombo",) for k in (1, 2)},
-    **{f"ernie-{k}": PARTICLES for k in (3, 9)},
+    "ernie-3": (*PARTICLES, "spread_6"),
+    "ernie-9": PARTICLES,
     "ernie-4": CROWDS,
     "ernie-5": ("qcombo", "qcombo_sensitivity"),
     "ernie-6": ("drones",),
@@ -568,36 +569,47 @@ def run(command: list[str], runs_dir: Path, pattern: str, result: str) -> Path:
     return max(finished)
 
 
-def cross_play(script: str, result: Path, rivals: Path, count: int = 4, episodes: int = 50) -> Path:
-    """The result of a run of ernie_maddpg.py whose teams meet opponents that have trained elsewhere, the same for every
-    method: those of seed k the opponents of the next `count` seeds of the run of `rivals`, averaged."""
-    saved = {path: torch.load(path.with_name("policy.pt"), weights_only=True) for path in (result, rivals)}
-    args = saved[result]["args"]
+RIVALS, EPISODES = 4, 50  # opponents that a team meets in `cross_play`, and episodes against each
+
+
+def cross_play(result: Path, rivals: Path) -> tuple[Path, int]:
+    """A folder with policies of a run of ernie_maddpg.py whose teams meet opponents that have trained elsewhere, the
+    same for every method: the team of seed k those of the next seeds of the run of `rivals`; and how many."""
+    ours, theirs = (runs.load(path.with_name("policy.pt")) for path in (result, rivals))
+    args = ours["args"]
     S = args["num_seeds"]
-    count = min(count, S - 1)
-    team = envs.make(args["env_id"], 1).cooperators
+    count = min(RIVALS, S - 1)
     shift = 1 + torch.arange(count)
     other = (torch.arange(S)[:, None] + shift).flatten() % S  # [S * count]
+    is_team = envs.make(args["env_id"], 1).cooperators[:, None]
     nets = {}
-    for name, flat in saved[result]["nets"].items():
+    for name, flat in ours["nets"].items():
         own = flat.unflatten(0, (S, -1)).repeat_interleave(count, 0)
-        theirs = saved[rivals]["nets"][name].unflatten(0, (S, -1))[other]
-        nets[name] = torch.where(team[:, None], own, theirs).flatten(0, 1)
-    folder = result.with_name("cross_play")
+        opponents = theirs["nets"][name].unflatten(0, (S, -1))[other]
+        nets[name] = torch.where(is_team, own, opponents).flatten(0, 1)
+    digest = hashlib.sha256(f"{rivals} {count} {EPISODES}".encode()).hexdigest()[:8]
+    folder = result.with_name(f"cross_play-{digest}")
     folder.mkdir(exist_ok=True)
     runs.save(folder / "policy.pt", {"args": args | {"num_seeds": S * count}, "nets": nets})
-    command = [str(ROOT / script), f"--evaluate={folder}", f"--eval-episodes={episodes}"]
-    rows = runs.read_rows(run(command, folder.parent, folder.name, result.name))
-    cells: dict[tuple, list[dict]] = {}
+    return folder, count
+
+
+def averaged(result: Path, count: int) -> Path:
+    """The result of a cross-play, of each team its mean over the opponents, beside it."""
+    rows = runs.read_rows(result)
+    first = int(rows[0]["seed"])
+    cells: dict[tuple, list[float]] = {}
     for row in rows:
-        seed = args["seed"] + (int(row["seed"]) - args["seed"]) // count
-        cells.setdefault((seed, row["agent"], row["perturbation"], row["strength"]), []).append(row)
-    means = []
-    for (seed, *_), group in cells.items():
-        value = np.mean([float(row["return"]) for row in group])
-        means.append(group[0] | {"seed": seed, "return": value})
-    runs.write_rows(folder / "mean.csv", means)
-    return folder / "mean.csv"
+        seed = first + (int(row["seed"]) - first) // count
+        point = row["env_id"], seed, row["agent"], row["perturbation"], row["strength"]
+        cells.setdefault(point, []).append(float(row["return"]))
+    names = "env_id", "seed", "agent", "perturbation", "strength"
+    means = [dict(zip(names, point)) | {"return": np.mean(values)} for point, values in cells.items()]
+    means = [row for row in means if row["perturbation"] != "worst_case"]  # of the means, not of each opponent
+    means += robustness.worst_case(means, (*robustness.ATTACKS, "critic"), "return")
+    path = result.with_name("mean.csv")
+    runs.write_rows(path, means)
+    return path
 
 
 def words(flags: Flags) -> list[str]:
@@ -629,8 +641,7 @@ class Cluster:
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the runs on a machine with other work
         ray.init(address=self.args.ray_address, log_to_driver=False)
         self.ray = ray
-        self.remote = ray.remote(num_cpus=self.args.cpus_per_run, num_gpus=self.args.gpus_per_run, max_retries=5)
-        self.task = self.remote(run)
+        self.task = ray.remote(num_cpus=self.args.cpus_per_run, num_gpus=self.args.gpus_per_run, max_retries=5)(run)
 
     def start(self, name: str, study: Study, method: str, flags: Flags, seeds: tuple[int, int], reused: Flags = {}):
         """The task of a run; its name is `name`, the study's and the method's, with a digest of its flags and seeds:
@@ -661,11 +672,19 @@ class Cluster:
 
     def meet(self, study: Study, paths: list[Path | None], rivals: Path | None) -> list[Path | None]:
         """Results of runs against the opponents of another one, where the study asks for that."""
-        if not study.fixed_opponents or rivals is None:
+        if not study.fixed_opponents:
             return paths
-        task = self.remote(cross_play)
-        started = [path and (path.parent.name, task.remote(study.script, path, rivals)) for path in paths]
-        return [run and self.get(run) for run in started]
+        started = []
+        for path in paths:
+            if path and rivals:
+                folder, count = cross_play(path, rivals)
+                command = [str(ROOT / study.script), f"--evaluate={folder}", f"--eval-episodes={EPISODES}"]
+                task = self.task.remote(command, folder.parent, folder.name, study.result.file)
+                started.append(((f"{path.parent.name}, cross-play", task), count))
+            else:
+                started.append((None, 0))
+        found = [(task and self.get(task), count) for task, count in started]
+        return [path and averaged(path, count) for path, count in found]
 
 
 def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
@@ -694,11 +713,12 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
     started = {}
     remaining = [method for method in grids if method not in found]
     points = []
-    rivals = None  # of the choice: the first method has a single point
+    rivals = None  # of the choice
     for method in sorted(remaining, key=lambda method: method in pending):  # choices last
         if method in pending:
             paths = [cluster.get(run) for run in pending[method]]
-            rivals = rivals or paths[0]
+            if method == next(iter(grids)):
+                rivals = paths[0]
             paths = cluster.meet(study, paths, rivals)
             scores = [score(study, method, path) if path else np.nan for path in paths]
             if len(grids[method]) > 1:
@@ -713,9 +733,9 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
             print(f"{name} {method}: {' '.join(words(chosen[method]))}  (scores: {shown})", flush=True)
         flags = chosen[method]
         started[method] = flags, cluster.start(f"{name}_{method}", study, method, flags, seeds, reused)
-    paths = [cluster.get(run) for _, run in started.values()]
-    paths = cluster.meet(study, paths, paths[0])
-    for (method, (flags, _)), path in zip(started.items(), paths):
+    paths = {method: cluster.get(task) for method, (_, task) in started.items()}
+    met = cluster.meet(study, list(paths.values()), paths.get(next(iter(grids))))
+    for (method, (flags, _)), path in zip(started.items(), met):
         if path:
             found[method] = flags, path
     if study.points and points:
@@ -841,6 +861,8 @@ METHODS = {  # colour, and name in a legend with the paper's
     "m3ddpg": ("C5", "M3DDPG"),
     "default": ("C6", "stackelberg: ERNIE, epsilon 0.3, lambda 0.1"),
     "rma3c": ("C7", "RMA3C"),
+    "discrete": ("C8", "none, discrete actions"),
+    "numbered": ("C5", "none, observations in mpe2's order"),
 }
 PERTURBATIONS = {  # what an axis shows
     "clean": "as in training",
@@ -1128,6 +1150,8 @@ def main() -> None:
     with runs.exits(2, ValueError, OSError):
         if not names and not args.extra:
             raise ValueError("nothing asked for: --figure, --table, --study, --extra or --all")
+        if args.seeds and args.seeds[0] == args.seeds[1] and any(STUDIES[name].fixed_opponents for name in names):
+            raise ValueError("--seeds must be two or more of tag and crypto, whose teams meet each other's opponents")
         for folder in (args.runs_dir, args.results_dir):
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):

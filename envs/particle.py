@@ -439,11 +439,12 @@ class ParticleEnv:
 
     def __post_init__(self):
         self._check()
-        self.task = task = TASKS[self.env_id]
+        task = TASKS[self.env_id]
         if self.env_id == "simple_spread_v3":
-            self.task = task = spread(self.num_agents or 3, self.nearest_first)
+            task = spread(self.num_agents or 3, self.nearest_first)
         elif self.nearest_first:
             raise ValueError(f"nearest_first must be False in {self.env_id}, got {self.nearest_first}")
+        self.task = task
         self.agents = [name for role in task.roles for name in role.names]
         if self.num_agents not in (None, len(self.agents)):
             raise ValueError(f"num_agents of {self.env_id} must be {len(self.agents)}, got {self.num_agents}")
@@ -496,7 +497,7 @@ class ParticleEnv:
                 rule = "positive" if name in POSITIVE else "1 or more" if name == "horizon" else "0 or more"
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
         if not isinstance(self.nearest_first, bool):
-            raise ValueError(f"nearest_first must be true or false, got {self.nearest_first}")
+            raise ValueError(f"nearest_first must be true or false, got {self.nearest_first!r}")
         for name in ("num_envs", "num_agents"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")

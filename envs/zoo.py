@@ -319,8 +319,8 @@ def from_parallel_env(
 
 def original(env) -> ZooEnv:
     """The original mpe2 task of one of our particle environments, with as many copies and the same team."""
-    if env.nearest_first:
-        raise EnvironmentFault("mpe2 has no nearest_first: --backend must be torch")
+    if getattr(env, "nearest_first", True):  # which other environments do not have
+        raise EnvironmentFault(f"--backend must be torch: mpe2 has no {env.env_id} with these observations")
     build = importlib.import_module(f"mpe2.{env.env_id}").parallel_env
     options = {"N": env.num_agents} if env.env_id == "simple_spread_v3" else {}
     constructor = functools.partial(build, continuous_actions=not env.discrete, max_cycles=env.horizon, **options)

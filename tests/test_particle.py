@@ -319,7 +319,7 @@ def test_global_state_and_pictures():
         ({"horizon": 0}, "horizon must be 1 or more, got 0"),
         ({"num_envs": 0}, "num_envs must be 1 or more, got 0"),
         ({"num_agents": 0}, "num_agents must be 1 or more, got 0"),
-        ({"nearest_first": 2}, "nearest_first must be true or false, got 2"),
+        ({"nearest_first": "True"}, "nearest_first must be true or false, got 'True'"),
         ({"env_id": "simple_tag_v3", "nearest_first": True}, "nearest_first must be False in simple_tag_v3, got True"),
     ],
 )
@@ -346,6 +346,9 @@ def test_nearest_first_is_a_reordering_that_forgets_numbers():
     renamed = env.make_state(position, torch.zeros_like(position), landmarks)
     assert torch.equal(env.observe(renamed)[:, 0], ordered[:, 0])
     assert not torch.equal(plain.observe(renamed)[:, 0], obs[:, 0])
+    action = torch.rand(3, 4, 5, device=DEVICE)
+    step = torch.compile(env.step, fullgraph=True, backend="eager")
+    assert torch.equal(step(state, action, None)[1], env.step(state, action, None)[1])
 
 
 def test_number_of_agents_and_horizon():

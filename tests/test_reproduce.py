@@ -69,28 +69,38 @@ def arguments(tmp_path, **options) -> reproduce.Args:
     return reproduce.Args(runs_dir=tmp_path / "runs", results_dir=tmp_path / "results", **options)
 
 
-def test_cross_play_swaps_opponents_alone_and_averages_over_them(tmp_path, monkeypatch):
-    args = {"env_id": "simple_tag_v3", "seed": 5, "num_seeds": 3}  # three hunters, one prey
-    for name, sign in (("a", 1.0), ("b", -1.0)):
-        flat = sign * (1 + torch.arange(12.0))[:, None].expand(12, 16)  # [S * N, K]
-        (tmp_path / name).mkdir()
-        runs.save(tmp_path / name / "policy.pt", {"args": args, "nets": {"actor": flat}})
+def saved_run(folder, sign):
+    """The path of a result beside policies of six seeds with three hunters and a prey, whose weights are numbered."""
+    flat = sign * torch.arange(24.0)[:, None].expand(24, 16)  # [S * N, K]
+    folder.mkdir()
+    args = {"env_id": "simple_tag_v3", "seed": 5, "num_seeds": 6}
+    runs.save(folder / "policy.pt", {"args": args, "nets": {"actor": flat}})
+    return folder / "robustness.csv"
 
-    def evaluated(command, runs_dir, pattern, result):
-        saved = torch.load(runs_dir / pattern / "policy.pt", weights_only=True)
-        assert saved["args"] == args | {"num_seeds": 6} and f"--evaluate={runs_dir / pattern}" in command
-        rows = [{"seed": 5 + k, "agent": "mean", "perturbation": "mad", "strength": 0.1, "return": row.mean().item()}
-                for k, row in enumerate(saved["nets"]["actor"].view(6, 4, 16)[:, :, 0])]  # fmt: skip
-        runs.write_rows(runs_dir / pattern / result, rows)
-        return runs_dir / pattern / result
 
-    monkeypatch.setattr(reproduce, "run", evaluated)
-    path = reproduce.cross_play("ernie_maddpg.py", tmp_path / "a" / "robustness.csv", tmp_path / "b" / "robustness.csv")
-    rows = read_rows(path)
-    hunters, prey = ([1, 2, 3], [5, 6, 7], [9, 10, 11]), (-4, -8, -12)
-    expected = [(sum(hunters[k]) + np.mean([prey[k - 1], prey[k - 2]])) / 4 for k in range(3)]
-    assert [row["seed"] for row in rows] == ["5", "6", "7"]
-    assert [float(row["return"]) for row in rows] == pytest.approx(expected)
+def test_cross_play_swaps_opponents_alone(tmp_path):
+    result, rivals = saved_run(tmp_path / "a", 1), saved_run(tmp_path / "b", -1)
+    folder, count = reproduce.cross_play(result, rivals)
+    assert folder.parent == tmp_path / "a" and count == reproduce.RIVALS == 4
+    saved = runs.load(folder / "policy.pt")
+    assert saved["args"] == {"env_id": "simple_tag_v3", "seed": 5, "num_seeds": 24}
+    numbers = saved["nets"]["actor"].view(6, 4, 4, 16)[..., 0]  # [S, rivals, N]
+    for k, (team, others) in enumerate(zip(numbers[:, :, :3], numbers[:, :, 3])):
+        assert team.tolist() == [[4 * k, 4 * k + 1, 4 * k + 2]] * 4
+        assert others.tolist() == [-(4 * ((k + shift) % 6) + 3) for shift in (1, 2, 3, 4)]
+    assert reproduce.cross_play(result, tmp_path / "a" / "robustness.csv")[0] != folder
+
+
+def test_results_against_several_opponents_are_averaged(tmp_path):
+    values = {"mad": (1.0, 5.0, 2.0, 2.0), "critic": (4.0, 0.0, 3.0, 3.0), "worst_case": (1.0, 0.0, 2.0, 2.0)}
+    row = {"env_id": "x", "agent": "mean", "strength": 0.1, "standard_error": 1.0}
+    rows = [row | {"perturbation": name, "seed": 5 + k, "return": value}
+            for name, returns in values.items() for k, value in enumerate(returns)]  # fmt: skip
+    runs.write_rows(tmp_path / "robustness.csv", rows)
+    found = read_rows(reproduce.averaged(tmp_path / "robustness.csv", 2))
+    means = {(row["perturbation"], row["seed"]): float(row["return"]) for row in found}
+    expected = {"mad": (3, 2), "critic": (2, 3), "worst_case": (2, 2)}
+    assert means == {(name, str(5 + k)): value for name, pair in expected.items() for k, value in enumerate(pair)}
 
 
 def test_words_of_a_command_line():
@@ -204,6 +214,10 @@ def test_a_grid_with_a_failure(tmp_path, toy, ray, monkeypatch):
     verdicts = {(row["method"], row["perturbation"]): row for row in read_rows(tmp_path / "results" / "verdicts.csv")}
     assert verdicts["chosen", "gaussian"]["verdict"] == "better" and float(verdicts["none", "clean"]["mean"]) == -1
     assert (tmp_path / "results" / "toy.png").stat().st_size > 10_000
+    # without opponents nothing is judged
+    study = replace(toy, methods={"none": [{"fails": 1}], "weak": [{"gain": 1}]}, fixed_opponents=True)
+    monkeypatch.setitem(reproduce.STUDIES, "toy", study)
+    assert reproduce.train("toy", cluster) == {} and "toy_none" in cluster.failures[-1]
 
 
 @pytest.mark.slow
