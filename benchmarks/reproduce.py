@@ -393,6 +393,7 @@ STUDIES = {
         ),
         flags={"total_timesteps": 500_000, "compile": True},
         quick={"total_timesteps": 20_000, "eval_episodes": 4},
+        shown=("gaussian", "mad", "worst_case"),
     ),
     "meanfield_3": crowd(3),
     "meanfield_6": crowd(6),
