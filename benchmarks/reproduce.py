@@ -176,7 +176,7 @@ def crowd(num_agents: int) -> Study:
     points = [{"epsilon": 0.3, "reg_coef": coef} | meanfield for coef in (0.1, 1.0)]
     methods = regularizers(ERNIE, points)
     methods["none"] = [{"regularizer": "none"} | meanfield]
-    if num_agents > 3:  # what gaussian and stackelberg chose
+    if num_agents > 3:  # what gaussian and stackelberg chose; adversarial takes it too
         for mode in ERNIE:
             methods[mode] = [{"regularizer": mode} | points[-1]]
     claims = [("stackelberg", "none"), ("stackelberg", "gaussian")]
@@ -570,7 +570,7 @@ def run(command: list[str], runs_dir: Path, pattern: str, result: str) -> Path:
     return max(finished)
 
 
-RIVALS, EPISODES = 4, 50  # opponents that a team meets in `cross_play`, and episodes against each
+OPPONENTS, EPISODES = 4, 50  # opponents that a team meets in `cross_play`, and episodes against each
 
 
 def cross_play(result: Path, rivals: Path) -> tuple[Path, int]:
@@ -579,7 +579,7 @@ def cross_play(result: Path, rivals: Path) -> tuple[Path, int]:
     ours, theirs = (runs.load(path.with_name("policy.pt")) for path in (result, rivals))
     args = ours["args"]
     S = args["num_seeds"]
-    count = min(RIVALS, S - 1)
+    count = min(OPPONENTS, S - 1)
     shift = 1 + torch.arange(count)
     other = (torch.arange(S)[:, None] + shift).flatten() % S  # [S * count]
     is_team = envs.make(args["env_id"], 1).cooperators[:, None]

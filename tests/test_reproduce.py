@@ -81,7 +81,7 @@ def saved_run(folder, sign):
 def test_cross_play_swaps_opponents_alone(tmp_path):
     result, rivals = saved_run(tmp_path / "a", 1), saved_run(tmp_path / "b", -1)
     folder, count = reproduce.cross_play(result, rivals)
-    assert folder.parent == tmp_path / "a" and count == reproduce.RIVALS == 4
+    assert folder.parent == tmp_path / "a" and count == reproduce.OPPONENTS == 4
     saved = runs.load(folder / "policy.pt")
     assert saved["args"] == {"env_id": "simple_tag_v3", "seed": 5, "num_seeds": 24}
     numbers = saved["nets"]["actor"].view(6, 4, 4, 16)[..., 0]  # [S, rivals, N]
