@@ -173,12 +173,9 @@ def crowd(num_agents: int) -> Study:
         "eval_agents": (3, 6, 15, 30),
         "compile": num_agents > 15,  # half the time of an update
     }
-    points = [{"epsilon": 0.3, "reg_coef": coef} | meanfield for coef in (0.1, 1.0)]
-    methods = regularizers(ERNIE, points)
+    coefs = (0.1, 1.0) if num_agents == 3 else (1.0,)  # what gaussian and stackelberg chose; adversarial takes it too
+    methods = regularizers(ERNIE, [{"epsilon": 0.3, "reg_coef": coef} | meanfield for coef in coefs])
     methods["none"] = [{"regularizer": "none"} | meanfield]
-    if num_agents > 3:  # what gaussian and stackelberg chose; adversarial takes it too
-        for mode in ERNIE:
-            methods[mode] = [{"regularizer": mode} | points[-1]]
     claims = [("stackelberg", "none"), ("stackelberg", "gaussian")]
     scripts = {}
     if num_agents <= 15:
@@ -675,17 +672,18 @@ class Cluster:
         """Results of runs against the opponents of another one, where the study asks for that."""
         if not study.fixed_opponents:
             return paths
-        started = []
+        started = {}
         for path in paths:
             if path and rivals:
                 folder, count = cross_play(path, rivals)
                 command = [str(ROOT / study.script), f"--evaluate={folder}", f"--eval-episodes={EPISODES}"]
                 task = self.task.remote(command, folder.parent, folder.name, study.result.file)
-                started.append(((f"{path.parent.name}, cross-play", task), count))
-            else:
-                started.append((None, 0))
-        found = [(task and self.get(task), count) for task, count in started]
-        return [path and averaged(path, count) for path, count in found]
+                started[path] = (f"{path.parent.name}, cross-play", task), count
+        means = {}
+        for path, (run, count) in started.items():
+            if result := self.get(run):
+                means[path] = averaged(result, count)
+        return [means.get(path) for path in paths]
 
 
 def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
@@ -714,11 +712,12 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
     started = {}
     remaining = [method for method in grids if method not in found]
     points = []
+    plain = next(iter(grids))
     rivals = None  # of the choice
     for method in sorted(remaining, key=lambda method: method in pending):  # choices last
         if method in pending:
             paths = [cluster.get(run) for run in pending[method]]
-            if method == next(iter(grids)):
+            if method == plain:
                 rivals = paths[0]
             paths = cluster.meet(study, paths, rivals)
             scores = [score(study, method, path) if path else np.nan for path in paths]
@@ -735,7 +734,7 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
         flags = chosen[method]
         started[method] = flags, cluster.start(f"{name}_{method}", study, method, flags, seeds, reused)
     paths = {method: cluster.get(task) for method, (_, task) in started.items()}
-    met = cluster.meet(study, list(paths.values()), paths.get(next(iter(grids))))
+    met = cluster.meet(study, list(paths.values()), paths.get(plain))
     for (method, (flags, _)), path in zip(started.items(), met):
         if path:
             found[method] = flags, path
