@@ -213,7 +213,7 @@ class MLP:
         N = len(self.flat) // S
         start = 0
         for x in inputs:
-            x = x.mT.contiguous().expand(-1, N, -1, -1)  # [S, N, in, M]
+            x = x.mT.expand(-1, N, -1, -1)  # [S, N, in, M]
             end = start + x.shape[2]
             part = weight[:, :, start:end]
             h = torch.baddbmm(h, part, x.flatten(0, 1))

@@ -91,7 +91,7 @@ class Experiment:
     capture_video: bool = False  # write a GIF of an episode of the trained policies
     log_interval: PositiveInt = 25_000  # environment steps between two rows of metrics.csv
     checkpoint_interval: PositiveInt = 100_000  # environment steps between two checkpoints
-    eval_eta: Etas = (0.17, 0.23, 0.32)
+    eval_eta: Etas = (0.23, 0.32)
     """risk aversion of the test's agents, who learn from scratch under the frozen planner (paper: about 0.2 to 0.3)"""
     eval_timesteps: PositiveInt = 200_000
     """environment steps in which the test's agents, after their own phase one, learn to live with the taxes"""
@@ -288,7 +288,7 @@ class MLP:
         N = len(self.flat) // S
         start = 0
         for x in inputs:
-            x = x.mT.contiguous().expand(-1, N, -1, -1)  # [S, N, in, M]
+            x = x.mT.expand(-1, N, -1, -1)  # [S, N, in, M]
             end = start + x.shape[2]
             part = weight[:, :, start:end]
             h = torch.baddbmm(h, part, x.flatten(0, 1))

@@ -61,6 +61,7 @@ class Experiment:
     compile: Switch = None
     """torch.compile the environment step (traffic: a minute, then 9x as fast) and, on a GPU, the losses; default: the
     step of traffic, where there is a C++ compiler"""
+    cuda_graphs: bool = False  # on a GPU: capture updates in a CUDA graph (not measured yet); ignored on a CPU
     runs_dir: str = "runs"  # folder that receives a folder per run
     resume: str | None = None  # run folder to continue; other flags are read from it
     evaluate: str | None = None  # run folder or policy file whose policies are evaluated again, without training
@@ -217,7 +218,7 @@ class MLP:
         N = len(self.flat) // S
         start = 0
         for x in inputs:
-            x = x.mT.contiguous().expand(-1, N, -1, -1)  # [S, N, in, M]
+            x = x.mT.expand(-1, N, -1, -1)  # [S, N, in, M]
             end = start + x.shape[2]
             part = weight[:, :, start:end]
             h = torch.baddbmm(h, part, x.flatten(0, 1))
@@ -710,6 +711,9 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
     """Train from the start or from a checkpoint; a signal ends it, after a checkpoint, with KeyboardInterrupt."""
     S, T = args.num_seeds, args.rollout_steps
     step_env, losses = compiled(env, args)
+    learn = partial(update, nets, optimizers, losses, env=env, args=args)
+    if args.cuda_graphs:
+        learn = envs.graphed(learn, optimizers)
     reset = partial(env.reset, step=step_env) if args.is_traffic else env.reset
     skipped = args.num_envs * args.warmup if args.is_traffic else 0  # steps before the first rollout of an episode
     new_streams = partial(envs.make_generators, args.seed, S, device=env.device)
@@ -756,7 +760,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             remaining = 1 - progress if args.anneal_lr else 1.0
             optimizers["actor"].param_groups[0]["lr"] = args.learning_rate * remaining
             optimizers["critic"].param_groups[0]["lr"] = args.critic_learning_rate * remaining
-            metrics = update(nets, optimizers, losses, batch, env, args)
+            metrics = learn(batch)
             for name, value in (outcomes | metrics).items():
                 window[name].append(value)
             iteration += 1

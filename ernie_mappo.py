@@ -57,6 +57,7 @@ class Experiment:
     cuda: bool = True  # use the GPU if there is one
     num_threads: Threads = 1  # CPU threads; with more set OMP_WAIT_POLICY=PASSIVE, or one busy core stalls all
     compile: bool = False  # torch.compile the environment step and, on a GPU, the losses
+    cuda_graphs: bool = False  # on a GPU: capture updates in a CUDA graph (not measured yet); ignored on a CPU
     runs_dir: str = "runs"  # folder that receives a folder per run
     resume: str | None = None  # run folder to continue; other flags are read from it
     evaluate: str | None = None  # run folder or policy file whose policies are evaluated again, without training
@@ -195,7 +196,7 @@ class MLP:
         N = len(self.flat) // S
         start = 0
         for x in inputs:
-            x = x.mT.contiguous().expand(-1, N, -1, -1)  # [S, N, in, M]
+            x = x.mT.expand(-1, N, -1, -1)  # [S, N, in, M]
             end = start + x.shape[2]
             part = weight[:, :, start:end]
             h = torch.baddbmm(h, part, x.flatten(0, 1))
@@ -703,6 +704,9 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
     S = args.num_seeds
     steps_per_iteration = args.num_envs * env.horizon
     step_env, losses = compiled(env, args)
+    learn = partial(update, nets, optimizers, losses, env=env, args=args)
+    if args.cuda_graphs:
+        learn = envs.graphed(learn, optimizers)
     test_env = envs.for_tests(env, S * min(100, args.eval_episodes or 10))
     new_streams = partial(envs.make_generators, args.seed, S, device=env.device)
     streams = {purpose: new_streams(purpose) for purpose in ("rollout", "minibatches", "noise")}
@@ -731,7 +735,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             samples = prepare(nets, episodes, env, args)
             for batch in minibatches(samples, streams["minibatches"], args):
                 batch |= draw_noise(streams["noise"], env, args)
-                metrics = update(nets, optimizers, losses, batch, env, args)
+                metrics = learn(batch)
                 for name, value in metrics.items():
                     window[name].append(value)
             iteration += 1

@@ -64,6 +64,7 @@ class Experiment:
     num_threads: Threads = 1  # CPU threads; with more set OMP_WAIT_POLICY=PASSIVE, or one busy core stalls all
     compile: bool = False  # torch.compile the environment step and, on a GPU, the losses
     compile_transport: Switch = None  # torch.compile IPOT; default: where there is a C++ compiler
+    cuda_graphs: bool = False  # on a GPU: capture updates in a CUDA graph (not measured yet); ignored on a CPU
     runs_dir: str = "runs"  # folder that receives a folder per run
     resume: str | None = None  # run folder to continue; other flags are read from it
     evaluate: str | None = None  # run folder or policy file whose policies are evaluated again, without training
@@ -191,7 +192,7 @@ class MLP:
         N = len(self.flat) // S
         start = 0
         for x in inputs:
-            x = x.mT.contiguous().expand(-1, N, -1, -1)  # [S, N, in, M]
+            x = x.mT.expand(-1, N, -1, -1)  # [S, N, in, M]
             end = start + x.shape[2]
             part = weight[:, :, start:end]
             h = torch.baddbmm(h, part, x.flatten(0, 1))
@@ -361,10 +362,10 @@ def transport_plan(cost: Tensor, args: Args) -> Tensor:
     N = cost.shape[-1]
     scale = args.transport_beta * cost.mean((-1, -2), keepdim=True).clamp_min(1e-12)
     plan = proximal_points(-cost / scale, args.transport_steps, bool(args.compile_transport))
-    whole = F.one_hot(plan.argmax(-1), N).to(cost.dtype) / N
+    stay = torch.eye(N, dtype=cost.dtype, device=cost.device) / N
+    whole = stay[plan.argmax(-1)]
     is_plan = (whole.sum(-2) * N == 1).all(-1)
     plan = torch.where(is_plan[..., None, None], whole, plan.exp())
-    stay = torch.eye(N, dtype=cost.dtype, device=cost.device) / N
     cost_of_stay = (stay * cost).sum((-1, -2))
     is_better = cost_of_stay <= (plan * cost).sum((-1, -2))
     return torch.where(is_better[..., None, None], stay, plan)
@@ -787,6 +788,9 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
     S = args.num_seeds
     steps_per_iteration = args.num_envs * env.horizon
     step_env, losses = compiled(env, args)
+    learn = partial(update, nets, optimizers, losses, env=env, args=args)
+    if args.cuda_graphs:
+        learn = envs.graphed(learn, optimizers)
     new_streams = partial(envs.make_generators, args.seed, S, device=env.device)
     streams = {purpose: new_streams(purpose) for purpose in ("rollout", "replay", "noise")}
     num_iterations = math.ceil(args.total_timesteps / steps_per_iteration)
@@ -827,7 +831,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             while (num_updates + 1) * args.steps_per_update <= step - args.learning_starts:
                 batch = sample(replay, filled, args, streams["replay"])
                 batch |= draw_noise(streams["noise"], env, args)
-                metrics = update(nets, optimizers, losses, batch, env, args)
+                metrics = learn(batch)
                 for name, value in metrics.items():
                     window[name].append(value)
                 num_updates += 1

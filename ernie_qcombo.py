@@ -63,6 +63,7 @@ class Experiment:
     compile: Switch = None
     """torch.compile the environment step (a minute, then 9x as fast) and, on a GPU, the loss; default: the step, where
     there is a C++ compiler"""
+    cuda_graphs: bool = False  # on a GPU: capture updates in a CUDA graph (not measured yet); ignored on a CPU
     runs_dir: str = "runs"  # folder that receives a folder per run
     resume: str | None = None  # run folder to continue; other flags are read from it
     evaluate: str | None = None  # run folder or policy file whose policies are evaluated again, without training
@@ -217,7 +218,7 @@ class MLP:
         N = len(self.flat) // S
         start = 0
         for x in inputs:
-            x = x.mT.contiguous().expand(-1, N, -1, -1)  # [S, N, in, M]
+            x = x.mT.expand(-1, N, -1, -1)  # [S, N, in, M]
             end = start + x.shape[2]
             part = weight[:, :, start:end]
             h = torch.baddbmm(h, part, x.flatten(0, 1))
@@ -434,7 +435,7 @@ def greedy_changes(values: Callable, joint: Tensor, num_changed: int) -> Tensor:
     for _ in range(num_changed):
         score = (values(changed.unsqueeze(2) ^ flips) - clean).square()  # [S, M, N]
         best = score.masked_fill(~allowed, -1.0).argmax(-1)
-        flip = F.one_hot(best, N)
+        flip = flips[best]
         changed = changed ^ flip
         allowed = allowed & (flip == 0)
     return changed
@@ -675,6 +676,9 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
     S, T = args.num_seeds, args.rollout_steps
     steps_per_iteration = args.num_envs * T
     step_env, loss = compiled(env, args)
+    learn = partial(update, nets, optimizers, loss, args=args)
+    if args.cuda_graphs:
+        learn = envs.graphed(learn, optimizers)
     test_lights = make_lights(nets, args, env.device, 2, 300)
     new_streams = partial(envs.make_generators, args.seed, S, device=env.device)
     streams = {purpose: new_streams(purpose) for purpose in ("rollout", "replay", "noise")}
@@ -724,7 +728,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             for _ in range(num_updates):
                 batch = sample(replay, filled, nets["normalizer"], args, streams["replay"])
                 batch |= draw_noise(streams["noise"], env, args)
-                metrics = update(nets, optimizers, loss, batch, args)
+                metrics = learn(batch)
                 for name, value in metrics.items():
                     window[name].append(value)
             bar.update(steps_per_iteration)

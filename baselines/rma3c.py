@@ -58,6 +58,7 @@ class Experiment:
     cuda: bool = True  # use the GPU if there is one
     num_threads: Threads = 1  # CPU threads; with more set OMP_WAIT_POLICY=PASSIVE, or one busy core stalls all
     compile: bool = False  # torch.compile the environment step and the losses
+    cuda_graphs: bool = False  # on a GPU: capture updates in a CUDA graph (not measured yet); ignored on a CPU
     runs_dir: str = "runs"  # folder that receives a folder per run
     resume: str | None = None  # run folder to continue; other flags are read from it
     evaluate: str | None = None  # run folder or policy file whose policies are evaluated again, without training
@@ -166,7 +167,7 @@ class MLP:
         N = len(self.flat) // S
         start = 0
         for x in inputs:
-            x = x.mT.contiguous().expand(-1, N, -1, -1)  # [S, N, in, M]
+            x = x.mT.expand(-1, N, -1, -1)  # [S, N, in, M]
             end = start + x.shape[2]
             part = weight[:, :, start:end]
             h = torch.baddbmm(h, part, x.flatten(0, 1))
@@ -544,6 +545,9 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
     S = args.num_seeds
     steps_per_iteration = args.num_envs * env.horizon
     step_env, losses = compiled(env, args)
+    learn = partial(update, nets, optimizers, losses, env=env, args=args)
+    if args.cuda_graphs:
+        learn = envs.graphed(learn, optimizers)
     new_streams = partial(envs.make_generators, args.seed, S, device=env.device)
     streams = {purpose: new_streams(purpose) for purpose in ("rollout", "replay", "noise")}
     num_iterations = math.ceil(args.total_timesteps / steps_per_iteration)
@@ -588,7 +592,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             while (num_updates + 1) * args.steps_per_update <= step - args.learning_starts:
                 batch = sample(replay, filled, args, streams["replay"])
                 batch |= draw_noise(streams["noise"], env, args)
-                metrics = update(nets, optimizers, losses, batch, env, args)
+                metrics = learn(batch)
                 for name, value in metrics.items():
                     window[name].append(value)
                 num_updates += 1

@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +22,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+import envs
+from envs import runs
 
 ROOT = Path(__file__).parent.parent
 RTOL, ATOL = 3e-3, 3e-4  # of alike() on a GPU
@@ -177,10 +182,12 @@ class Recorder(TorchDispatchMode):
 
 def is_obstacle(function, args, kwargs) -> bool:
     """To a capture: numbers that the host reads, shapes that depend on them, random numbers, sums in any order."""
+    name = function.overloadpacket.__name__.rstrip("_")
+    if name == "index":  # which has the tag of its masks
+        return any(x.dtype == torch.bool for x in tree_leaves(args[1]) if x is not None)
     tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
     if tags & set(function.tags) or any(isinstance(x, torch.Generator) for x in tree_leaves((args, kwargs))):
         return True
-    name = function.overloadpacket.__name__.rstrip("_")
     if name != "scatter_add" or args[0].is_meta:
         return name in ("index_add", "index_put", "scatter_reduce")
     sums, axis, index, terms = args
@@ -204,3 +211,54 @@ def record_cuda_graphs(monkeypatch) -> list[Recorder]:
     for name in ("stream", "device"):
         monkeypatch.setattr(torch.cuda, name, lambda place: contextlib.nullcontext())
     return recorders
+
+
+def learner(script, nets, env, args) -> tuple[dict, Callable]:
+    """What a checkpoint has of copies of networks and of their optimisers, and `update` as a function of the batch."""
+    copies, optimizers = script.make_nets(env, args)
+    for name, net in copies.items():
+        net.flat.detach().copy_(nets[name].flat.detach())
+    losses = {name: getattr(script, f"{name}_loss", None) for name in ("critic", "actor", "adversary")}
+    update = partial(script.update, copies, optimizers)
+    if hasattr(script, "qcombo_loss"):
+        update = partial(update, script.qcombo_loss, args=args)
+    else:
+        update = partial(update, losses, env=env, args=args)
+    return {"nets": {name: net.flat for name, net in copies.items()}, "optimizers": optimizers}, update
+
+
+def in_other_orders(batch: dict, M: int, count: int) -> list[dict]:
+    """Batches of the same M samples, the k-th with the regulariser's samples and all others k places further on."""
+    batches = []
+    for k in range(count):
+        rolled = {}
+        for name, x in batch.items():
+            rolled[name] = x.roll(k, list(x.shape).index(M)) if M in x.shape else x
+        batches.append(rolled)
+    return batches
+
+
+def check_updates_in_a_cuda_graph(learners, batches, device, monkeypatch, resumed=False) -> None:
+    """Three updates that run, a capture and its replays equal updates without a graph, of two equal `learners`. On a
+    CPU the graph is a recording of ATen's calls."""
+    recorders = [] if device.type == "cuda" else record_cuda_graphs(monkeypatch)
+    (plain, update), (graphed, update_graphed) = learners
+    assert (envs.graphed(update, plain["optimizers"]) is update) == (device.type == "cpu")
+    update_graphed = envs.captured(update_graphed, graphed["optimizers"], device)
+    if resumed:
+        update(batches[0])
+        for state in (graphed, plain):
+            runs.restore(state, runs.pack(plain))
+    metrics = []
+    for k, batch in enumerate(batches[1:]):
+        for optimizer in [*plain["optimizers"].values(), *graphed["optimizers"].values()]:
+            optimizer.param_groups[0]["lr"] = 2.0 ** -(k + 6)  # exact in single precision
+        metrics.append((update(batch), update_graphed(batch)))
+    assert all(alike(*pair) for pair in metrics)
+    assert alike(plain["nets"], graphed["nets"])
+    for name, optimizer in plain["optimizers"].items():
+        assert alike(optimizer.state_dict(), graphed["optimizers"][name].state_dict())
+    assert len(recorders) == (device.type == "cpu")
+    for recorder in recorders:
+        assert not recorder.obstacles
+        assert len(recorder.calls) > 100

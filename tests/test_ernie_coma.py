@@ -12,7 +12,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import alike, fourth_order, only, plain, without_speed
+from commands import (
+    alike,
+    check_updates_in_a_cuda_graph,
+    fourth_order,
+    in_other_orders,
+    learner,
+    only,
+    plain,
+    without_speed,
+)
 
 import envs
 import ernie_coma as script
@@ -444,10 +453,10 @@ def test_the_normaliser_is_measured_in_an_episode_of_random_play():
 def test_schedules_fall_linearly(tmp_path, monkeypatch):
     seen, real = [], script.update
 
-    def watched(nets, optimizers, losses, batch, *rest):
+    def watched(nets, optimizers, losses, batch, **named):
         rates = [optimizers[name].param_groups[0]["lr"] for name in ("actor", "critic")]
         seen.append([batch["exploration"].item(), batch["entropy_coef"].item(), *rates])
-        return real(nets, optimizers, losses, batch, *rest)
+        return real(nets, optimizers, losses, batch, **named)
 
     monkeypatch.setattr(script, "update", watched)
     ends = dict(exploration=0.5, exploration_end=0.1, entropy_coef=0.2, entropy_coef_end=0.02)
@@ -585,11 +594,11 @@ def test_a_checkpoint_in_the_middle_of_an_episode_goes_on_exactly(tmp_path, monk
     small = LONG[name] | dict(checkpoint_interval=10**9)
     calls, real = [], script.update
 
-    def stopped(*rest):
+    def stopped(*rest, **named):
         calls.append(1)
         if len(calls) == 13:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(*rest)
+        return real(*rest, **named)
 
     _, nets, rows = short_train(tmp_path, "whole", small)
     monkeypatch.setattr(script, "update", stopped)
@@ -731,3 +740,10 @@ def test_sumo_that_is_not_installed(tmp_path, monkeypatch, capsys):
         assert "pip install -r requirements-sumo.txt" in capsys.readouterr().err
     else:
         pytest.skip("SUMO is installed")
+
+
+@pytest.mark.parametrize("options", [dict(regularizer="none"), dict(regularizer="stackelberg")])
+def test_updates_in_a_cuda_graph_are_those_without(options, monkeypatch):
+    args, env, nets, batch = prepared(**options)
+    learners = [learner(script, nets, env, args) for _ in range(2)]
+    check_updates_in_a_cuda_graph(learners, in_other_orders(batch, 6, 9), DEVICE, monkeypatch)

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from commands import BACKEND, Recorder, alike, on, record_cuda_graphs, without_speed
+from commands import BACKEND, Recorder, alike, check_updates_in_a_cuda_graph, learner, on, without_speed
 from torch.utils._pytree import tree_leaves
 
 import envs
@@ -421,19 +421,9 @@ GRAPHS = [
 ]
 
 
-def learner(env, args):
-    """What a checkpoint has of networks and optimisers, and an update of them as a function of the batch."""
-    nets, optimizers = script.make_nets(env, args)
-    losses = {"critic": script.critic_loss, "actor": script.actor_loss}
-    state = {"nets": {name: net.flat for name, net in nets.items()}, "optimizers": optimizers}
-    return state, partial(script.update, nets, optimizers, losses, env=env, args=args)
-
-
 @pytest.mark.parametrize("options", GRAPHS)
 @pytest.mark.parametrize("resumed", [False, True])
 def test_updates_in_a_cuda_graph_are_those_without(options, resumed, monkeypatch):
-    """Three that run, a capture and its replays. On a CPU the graph is a recording of ATen's calls."""
-    recorders = [] if DEVICE.type == "cuda" else record_cuda_graphs(monkeypatch)
     args = Args(num_seeds=2, **(SMALL | options))
     script.setup(args)
     env = script.make_env(args, 8, DEVICE)
@@ -441,25 +431,8 @@ def test_updates_in_a_cuda_graph_are_those_without(options, resumed, monkeypatch
     streams = envs.make_generators(3, 2, "test", DEVICE)
     replay = script.rollout(env.step, env, nets["actor"], 0.5, streams)
     batches = [script.sample(replay, 4, args, streams) | script.draw_noise(streams, env, args) for _ in range(9)]
-    (plain, update), (graphed, update_graphed) = learner(env, args), learner(env, args)
-    assert (envs.graphed(update, plain["optimizers"]) is update) == (DEVICE.type == "cpu")
-    update_graphed = envs.captured(update_graphed, graphed["optimizers"], DEVICE)
-    if resumed:
-        update(batches[0])
-        for state in (graphed, plain):
-            runs.restore(state, runs.pack(plain))
-    metrics = []
-    for k, batch in enumerate(batches[1:]):
-        for optimizer in [*plain["optimizers"].values(), *graphed["optimizers"].values()]:
-            optimizer.param_groups[0]["lr"] = 2.0 ** -(k + 6)  # exact in single precision
-        metrics.append((update(batch), update_graphed(batch)))
-    assert all(alike(*pair) for pair in metrics)
-    assert alike(plain["nets"], graphed["nets"])
-    for name, optimizer in plain["optimizers"].items():
-        assert alike(optimizer.state_dict(), graphed["optimizers"][name].state_dict())
-    assert len(recorders) == (DEVICE.type == "cpu")
-    for recorder in recorders:
-        assert len(recorder.calls) > 300 and not recorder.obstacles
+    learners = [learner(script, nets, env, args) for _ in range(2)]
+    check_updates_in_a_cuda_graph(learners, batches, DEVICE, monkeypatch, resumed)
 
 
 def test_metrics_keep_no_gradients():

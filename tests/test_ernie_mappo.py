@@ -10,7 +10,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import BACKEND, alike, call, fourth_order, only, plain, without_speed
+from commands import (
+    BACKEND,
+    alike,
+    call,
+    check_updates_in_a_cuda_graph,
+    fourth_order,
+    in_other_orders,
+    learner,
+    only,
+    plain,
+    without_speed,
+)
 from PIL import Image
 from torch.distributions import Categorical, Normal, kl_divergence
 
@@ -945,9 +956,9 @@ def test_learning_rate_falls_linearly(tmp_path, monkeypatch, short, anneal):
     short(8)
     rates, real = [], script.update
 
-    def watched(nets, optimizers, *rest):
+    def watched(nets, optimizers, *rest, **named):
         rates.append(optimizers["adam"].param_groups[0]["lr"])
-        return real(nets, optimizers, *rest)
+        return real(nets, optimizers, *rest, **named)
 
     monkeypatch.setattr(script, "update", watched)
     small = SPREAD | dict(total_timesteps=128, num_minibatches=1, update_epochs=1)
@@ -959,8 +970,8 @@ def test_logged_metrics_are_means_over_the_window(tmp_path, monkeypatch, short):
     short(8)
     real_update, losses, real_rollout, returns = script.update, [], script.rollout, []
 
-    def update(*rest):
-        metrics = real_update(*rest)
+    def update(*rest, **named):
+        metrics = real_update(*rest, **named)
         losses.append(metrics["losses/value_loss"].item())
         return metrics
 
@@ -1097,3 +1108,13 @@ def test_the_leader_learns_to_climb(tmp_path):
     small = LEARNS | dict(env_id="leader_follower_v0", total_timesteps=30_000, eval_episodes=20)
     *_, rows = short_train(tmp_path, "run", small)
     assert rows[-1]["eval/leader_0"] > -25
+
+
+@pytest.mark.parametrize("options", [dict(regularizer="none"), dict(regularizer="stackelberg"), dict(discrete=True)])
+def test_updates_in_a_cuda_graph_are_those_without(options, monkeypatch):
+    args, env, nets, episodes, noise = tiny(**options)
+    batch = batch_of(nets, episodes, env, args) | noise
+    learners = [learner(script, nets, env, args) for _ in range(2)]
+    batches = in_other_orders(batch, 6, 9)
+    batches.insert(6, {name: x.narrow(2, 0, 4) for name, x in batches[0].items()})  # a last, smaller minibatch
+    check_updates_in_a_cuda_graph(learners, batches, DEVICE, monkeypatch)

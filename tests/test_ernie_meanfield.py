@@ -9,7 +9,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from commands import alike, call, fourth_order, on, plain, without_speed
+from commands import (
+    alike,
+    call,
+    check_updates_in_a_cuda_graph,
+    fourth_order,
+    in_other_orders,
+    learner,
+    on,
+    plain,
+    without_speed,
+)
 from scipy.optimize import linear_sum_assignment
 
 import ernie_meanfield as script
@@ -985,3 +995,12 @@ def test_learns_to_spread(tmp_path):
     small |= dict(learning_starts=2000, total_timesteps=35_000, eval_episodes=100)
     *_, rows = short_train(tmp_path, "run", small)
     assert float(rows[-1]["eval/episodic_return"]) > -23
+
+
+@pytest.mark.parametrize(
+    "options", [dict(regularizer="none"), dict(), dict(transport="penalty"), dict(mean_action_epsilon=0.1)]
+)
+def test_updates_in_a_cuda_graph_are_those_without(options, monkeypatch):
+    args, env, nets, batch = world(compile_transport=False, **options)
+    learners = [learner(script, nets, env, args) for _ in range(2)]
+    check_updates_in_a_cuda_graph(learners, in_other_orders(batch, 7, 9), DEVICE, monkeypatch)

@@ -8,7 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import BACKEND, alike, fourth_order, on, plain, without_speed
+from commands import (
+    BACKEND,
+    alike,
+    check_updates_in_a_cuda_graph,
+    fourth_order,
+    in_other_orders,
+    learner,
+    on,
+    plain,
+    without_speed,
+)
 
 import ernie_qcombo as script
 from envs import perturb, robustness, runs, traffic
@@ -655,3 +665,12 @@ def test_values_that_do_not_go_together_are_named(words, options):
 def test_a_flow_for_other_streets_is_named(options):
     with pytest.raises(ValueError, match="flow must have [68] entries"):
         script.make_env(Args(**(SMALL | options)), 1, DEVICE)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(regularizer="none"), dict(), dict(action_reg_coef=0.1), dict(global_q="action_in")]
+)
+def test_updates_in_a_cuda_graph_are_those_without(options, monkeypatch):
+    args, env, nets, batch = tiny(**options)
+    learners = [learner(script, nets, env, args) for _ in range(2)]
+    check_updates_in_a_cuda_graph(learners, in_other_orders(batch, 6, 9), DEVICE, monkeypatch)

@@ -7,7 +7,16 @@ from functools import partial
 
 import pytest
 import torch
-from commands import ROOT, alike, fourth_order, plain, without_speed
+from commands import (
+    ROOT,
+    alike,
+    check_updates_in_a_cuda_graph,
+    fourth_order,
+    in_other_orders,
+    learner,
+    plain,
+    without_speed,
+)
 
 import ernie_maddpg as maddpg
 from envs import particle, robustness, runs
@@ -415,3 +424,10 @@ def test_the_report_has_the_runs_own_adversaries(tmp_path):
     rows = robustness.sweep(env, make_policy, strengths, [1], per_agent=False)
     points = [(row["perturbation"], row["strength"]) for row in rows]
     assert points == [("clean", 0.0), ("adversary", 0.1), ("adversary", 0.4), ("mad", 0.1)]
+
+
+@pytest.mark.parametrize("continuous", [True, False])
+def test_updates_in_a_cuda_graph_are_those_without(continuous, monkeypatch):
+    args, env, nets, _, batch = world(continuous_actions=continuous, num_seeds=2)
+    learners = [learner(script, nets, env, args) for _ in range(2)]
+    check_updates_in_a_cuda_graph(learners, in_other_orders(batch, 32, 9), DEVICE, monkeypatch)
