@@ -282,16 +282,17 @@ class MLP:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Inputs in blocks side by side, each [S, N, M, in], or [S, 1, M, in] where all networks of a seed have the
-        same -> [S, N, M, out]. Samples are last in memory: products with few outputs are several times faster so."""
+        same -> [S, N, M, out]. Hidden units have samples last in memory: products with few outputs are several times
+        faster so."""
         (weight, h), *rest = self.layers()
         S = len(inputs[0])
         N = len(self.flat) // S
         start = 0
         for x in inputs:
-            x = x.mT.expand(-1, N, -1, -1)  # [S, N, in, M]
+            x = x.contiguous().expand(-1, N, -1, -1).flatten(0, 1)  # [S*N, M, in], one layout for any S
             end = start + x.shape[2]
             part = weight[:, :, start:end]
-            h = torch.baddbmm(h, part, x.flatten(0, 1))
+            h = torch.baddbmm(h, part, x.mT)
             start = end
         for weight, bias in rest:
             h = ACTIVATIONS[self.activation](h)

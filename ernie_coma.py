@@ -7,7 +7,7 @@ than its policy's average, the others acting as they did. ERNIE (Bukharin et al.
 largest divergence of each policy under a small perturbation of its observation (Eq. 4, 5), found by K steps of
 projected gradient ascent through which the gradient of the policy flows (Eq. 6, the Stackelberg game).
 
-    python ernie_coma.py --epsilon 0.1                            # 2 x 2 traffic lights: minutes on two CPU cores
+    python ernie_coma.py                                          # 2 x 2 traffic lights: minutes on two CPU cores
     python ernie_coma.py --num-seeds 5                            # five runs side by side
     python ernie_coma.py --env-id simple_spread_v3 --epsilon 0.1  # a particle task with discrete actions
 
@@ -61,7 +61,8 @@ class Experiment:
     compile: Switch = None
     """torch.compile the environment step (traffic: a minute, then 9x as fast) and, on a GPU, the losses; default: the
     step of traffic, where there is a C++ compiler"""
-    cuda_graphs: bool = False  # on a GPU: capture updates in a CUDA graph (not measured yet); ignored on a CPU
+    cuda_graphs: bool = False
+    """on a GPU: capture updates in a CUDA graph, without deterministic algorithms; not measured; ignored on a CPU"""
     runs_dir: str = "runs"  # folder that receives a folder per run
     resume: str | None = None  # run folder to continue; other flags are read from it
     evaluate: str | None = None  # run folder or policy file whose policies are evaluated again, without training
@@ -132,7 +133,8 @@ class COMA:
 class ERNIE:
     regularizer: Literal["none", "gaussian", "random", "adversarial", "stackelberg"] = "stackelberg"
     """none: COMA; gaussian: appendix H; random: a direction of length epsilon; adversarial: Eq. 4; stackelberg: 6"""
-    epsilon: NonNegativeFloat = 0.1  # radius of the perturbation ball
+    epsilon: NonNegativeFloat | None = None
+    """radius of the perturbation ball; default: 1 in traffic, where less hardly changes a policy, else 0.1"""
     epsilon_units: Literal["raw", "std"] = "raw"  # of the observation, or its standard deviation under random play
     norm: Literal["l2", "linf"] = "l2"  # norm of the ball
     attack_steps: NonNegativeInt = 3  # K, ascent steps; 0 is the baseline
@@ -148,6 +150,8 @@ class Args(ERNIE, COMA, Experiment):
     def __post_init__(self):
         if self.attack_lr is None:
             self.attack_lr = 1.0 if self.attack_steps <= 1 else 2.5 / self.attack_steps
+        if self.epsilon is None:
+            self.epsilon = 1.0 if self.is_traffic else 0.1
         if self.idle_logit is None:
             self.idle_logit = 2.0 if self.is_traffic else 0.0
         if self.eval_episodes is None:
@@ -212,16 +216,17 @@ class MLP:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Inputs in blocks side by side, each [S, N, M, in], or [S, 1, M, in] where all networks of a seed have the
-        same -> [S, N, M, out]. Samples are last in memory: products with few outputs are several times faster so."""
+        same -> [S, N, M, out]. Hidden units have samples last in memory: products with few outputs are several times
+        faster so."""
         (weight, h), *rest = self.layers()
         S = len(inputs[0])
         N = len(self.flat) // S
         start = 0
         for x in inputs:
-            x = x.mT.expand(-1, N, -1, -1)  # [S, N, in, M]
+            x = x.contiguous().expand(-1, N, -1, -1).flatten(0, 1)  # [S*N, M, in], one layout for any S
             end = start + x.shape[2]
             part = weight[:, :, start:end]
-            h = torch.baddbmm(h, part, x.flatten(0, 1))
+            h = torch.baddbmm(h, part, x.mT)
             start = end
         for weight, bias in rest:
             h = ACTIVATIONS[self.activation](h)
@@ -438,7 +443,7 @@ def team_rewards(rewards: Tensor, env: Env, args: Args) -> Tensor:
 
 @torch.no_grad()
 def prepare(nets: Nets, episodes: Batch, policy_steps: int, env: Env, args: Args) -> Batch:
-    """A rollout and its samples for the losses, [S, N, M, ...]. Raises ValueError if it was played with other policies
+    """Samples of a rollout for the losses, [S, N, M, ...]. Raises ValueError if it was played with other policies
     than those of now: COMA's gradient holds for their own actions only."""
     if episodes["policy_steps"] != policy_steps:
         raise ValueError(f"the rollout is of policies after {episodes['policy_steps']} steps, not {policy_steps}")
@@ -448,14 +453,13 @@ def prepare(nets: Nets, episodes: Batch, policy_steps: int, env: Env, args: Args
     rewards = args.reward_scale * team_rewards(episodes["rewards"], env, args)
     live = episodes.get("live")
     targets = td_lambda_targets(rewards, (q * actions).sum(-1), episodes["terminated"], args, live)
-    samples = {
-        "obs": obs[:, :, :, :-1].flatten(2, 3),
-        "actions": actions[:, :, :, :-1].flatten(2, 3),
-        "targets": targets.flatten(2),
-    }
+    samples = {name: episodes[name] for name in ("exploration", "entropy_coef")}
+    samples["obs"] = obs[:, :, :, :-1].flatten(2, 3)
+    samples["actions"] = actions[:, :, :, :-1].flatten(2, 3)
+    samples["targets"] = targets.flatten(2)
     if live is not None:
         samples["live"] = live.flatten(2)
-    return episodes | samples
+    return samples
 
 
 def critic_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tensor, Batch]:

@@ -58,7 +58,8 @@ class Experiment:
     cuda: bool = True  # use the GPU if there is one
     num_threads: Threads = 1  # CPU threads; with more set OMP_WAIT_POLICY=PASSIVE, or one busy core stalls all
     compile: bool = False  # torch.compile the environment step and, on a GPU, the losses
-    cuda_graphs: bool = False  # on a GPU: capture updates in a CUDA graph (not measured yet); ignored on a CPU
+    cuda_graphs: bool = False
+    """on a GPU: capture updates in a CUDA graph, without deterministic algorithms; not measured; ignored on a CPU"""
     runs_dir: str = "runs"  # folder that receives a folder per run
     resume: str | None = None  # run folder to continue; other flags are read from it
     evaluate: str | None = None  # run folder or policy file whose policies are evaluated again, without training
@@ -184,16 +185,17 @@ class MLP:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Inputs in blocks side by side, each [S, N, M, in], or [S, 1, M, in] where all networks of a seed have the
-        same -> [S, N, M, out]. Samples are last in memory: products with few outputs are several times faster so."""
+        same -> [S, N, M, out]. Hidden units have samples last in memory: products with few outputs are several times
+        faster so."""
         (weight, h), *rest = self.layers()
         S = len(inputs[0])
         N = len(self.flat) // S
         start = 0
         for x in inputs:
-            x = x.mT.expand(-1, N, -1, -1)  # [S, N, in, M]
+            x = x.contiguous().expand(-1, N, -1, -1).flatten(0, 1)  # [S*N, M, in], one layout for any S
             end = start + x.shape[2]
             part = weight[:, :, start:end]
-            h = torch.baddbmm(h, part, x.flatten(0, 1))
+            h = torch.baddbmm(h, part, x.mT)
             start = end
         for weight, bias in rest:
             h = ACTIVATIONS[self.activation](h)

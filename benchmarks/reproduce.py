@@ -212,16 +212,7 @@ WIDTHS = {
     "transport_steps": 50,
     "eval_agents": (3, 6),
 }
-TRAFFIC_METHODS = regularizers(ERNIE, [{}])
 TRAFFIC_FLAGS = {"compile": True, "eval_episodes": 1, "log_interval": 64_000}
-FORMER_COMA = {  # settings of COMA of which the table in results/ is
-    "epsilon_units": "std",
-    "learning_rate": 1e-3,
-    "critic_learning_rate": 1e-3,
-    "gamma": 0.99,
-    "team_reward": "own",
-    "warmup": 1000,
-}
 TRAFFIC = partial(
     Study,
     flags=TRAFFIC_FLAGS | {"eval_seconds": 4_000},
@@ -333,16 +324,6 @@ GAMES = partial(
     claims=(),
     label=game_label,
 )
-FORMER_ECONOMY = {  # settings of the economy in the study `economy`, of which the table in results/ is
-    "planner": "policy",
-    "planner_learning_rate": 5e-3,
-    "planner_gae_lambda": 0.95,
-    "response_steps": 0,
-    "tax_annealing": 0.5,
-    "regret_decay": 0.0,
-    "epsilon": 0.002,
-    "eval_eta": (0.1, 0.2, 0.23, 0.3, 0.5),
-}
 STUDIES = {
     "spread": PARTICLE(
         methods=SPREAD_METHODS,
@@ -433,9 +414,17 @@ STUDIES = {
     "coma": TRAFFIC(
         script="ernie_coma.py",
         text="ERNIE and ERNIE without unrolling are better than COMA in all changed environments",
-        methods=TRAFFIC_METHODS,
-        flags=TRAFFIC_FLAGS | FORMER_COMA | {"eval_seconds": 4_000},
-        claims=(("stackelberg", "none"), ("adversarial", "none")),
+        methods=regularizers(("stackelberg", "adversarial", "random", "gaussian"), [{}]),
+        claims=(
+            ("stackelberg", "none"),
+            ("stackelberg", "adversarial"),
+            ("stackelberg", "random"),
+            ("stackelberg", "gaussian"),
+            ("adversarial", "none"),
+            ("gaussian", "none"),
+        ),
+        seeds=(101, 105),
+        alone=("network",),
     ),
     "bimatrix_3": GAMES(
         text="as epsilon grows the planner's reward falls and the agents' regret rises",
@@ -469,19 +458,20 @@ STUDIES = {
     "economy": Study(
         "ermas_economy.py",
         "ERMAS has a higher welfare than the AI Economist (MARL), Saez and US federal rates at every eta of new agents",
-        {name: [{"method": name}] for name in ("free-market", "us-federal", "saez", "marl", "ermas")},
-        flags=FORMER_ECONOMY | {"compile": True},
+        {name: [{"method": name}] for name in ("marl", "ermas", "saez", "us-federal", "free-market")},
+        flags={"compile": True, "eval_eta": (0.17, 0.23, 0.32)},
         quick={
             "phase_one_timesteps": 12_800,
+            "response_steps": 12_800,
             "phase_two_timesteps": 12_800,
             "eval_timesteps": 12_800,
             "eval_episodes": 64,
         },
-        seeds=(1, 3),
+        seeds=(11, 22),
         result=Result("welfare.csv", "welfare", "eta"),
         shown=("eta",),
         claims=(("ermas", "marl"), ("ermas", "saez"), ("ermas", "us-federal")),
-        reuse=("free-market", {"warm_start": "{folder}", "eval_agents": "{folder}/test_agents.pt"}),
+        reuse=("marl", {"warm_start": "{folder}", "eval_agents": "{folder}/test_agents.pt"}),
     ),
 }
 PARTICLES = ("spread", "tag", "crypto")

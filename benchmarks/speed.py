@@ -1,7 +1,7 @@
 """How fast this repository is beside its peers: one process, one thread, interleaved repeats.
 
     pip install -r benchmarks/requirements.txt          # the peers; one that is missing is left out
-    python benchmarks/speed.py                          # all of what follows: half an hour
+    python benchmarks/speed.py                          # all of what follows but cleanmarl: half an hour
     python benchmarks/speed.py env                      # simple_spread_v3 with 3 and 15 agents: about ten minutes
     python benchmarks/speed.py env --num-agents 3 --num-envs 8192 --peers vmas
     python benchmarks/speed.py env --device cuda --num-agents 3 --num-envs 1024 32768 1000000
@@ -16,13 +16,15 @@
     python benchmarks/speed.py drones                   # leader_follower_v0 and hover_v0: half a minute
     python benchmarks/speed.py economy --original ORIGINAL/bin/python    # economy_v0: two minutes; ORIGINAL: see below
     python benchmarks/speed.py taxes                    # ermas_economy.py, both phases: three minutes
+    git clone https://github.com/AmineAndam04/cleanmarl && git -C cleanmarl checkout 7fe3358
+    python benchmarks/speed.py cleanmarl --checkout cleanmarl --repeats 3    # CleanMARL's scripts: ten minutes
 
 A repeat times every contestant once, for `--seconds` or longer; each repeat starts with another one, and ratios are
 taken within a repeat. Shown are the median and the quartiles over repeats. On a CPU the process is pinned to one core
 and the clock is its CPU time, so that a busy machine disturbs little; on a GPU it is wall-clock time between
-synchronisations. On Linux the C library keeps freed memory, for everybody: otherwise each tensor above 32 MB (the
-observations at N=15, B=8192) comes page by page from the kernel, which can take as long as the simulation. In your own
-runs: MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000 python ...; here --no-keep-memory shows the difference.
+synchronisations. On Linux the C library keeps freed memory, for everybody, as in the scripts: otherwise each tensor
+above 32 MB (the observations at N=15, B=8192) comes page by page from the kernel, which can take as long as the
+simulation. --no-keep-memory shows the difference.
 
 `env` counts environment steps (all N agents of one environment move once) of simple_spread_v3 with discrete actions.
 Everybody plays episodes of 25 steps: a reset to fresh random positions, which is included, then 25 steps with actions
@@ -35,7 +37,8 @@ drawn beforehand, each of which gives the new state, the full observation and th
                      unrolled, without the reset that its `step` adds to every step; only the last observation is kept
 
 `train` counts seconds for 50 episodes (1,250 environment steps) of one seed of simple_spread_v3, N=3: rollout,
-sampling and one update of batch 1,024 per 100 steps, as in ernie_maddpg.py's `train`, on a warm replay buffer.
+sampling and one update of batch 1,024 per 100 steps (the default was that once; it is 128 per 25), on a warm replay
+buffer.
 
 `games` counts games of 16 steps in the augmented bimatrix game: `play` of ermas_bimatrix.py for 80 runs of 64 games at
 once, and the same game in numpy, one step of one game at a time, with the same tables and policies. `training` is a
@@ -87,14 +90,21 @@ builds, a quarter orders) and random tax rates, random numbers included.
 `taxes` counts environment steps of economy_tiny_v0 in which nobody deviates, in iterations of ermas_economy.py with the
 step compiled: the environment alone, the episodes (networks included), and whole iterations of phase one and two.
 
+`cleanmarl` counts environment steps of whole runs on simple_spread_v3, N=3, discrete actions, per CPU second beyond
+those of a shorter run, so that starting does not count: processes of their own, in turn, on a CPU. Networks have two
+layers of 64 units, shared but in our COMA. MADDPG updates once per 25 steps on 125 (ours: 128) transitions, ours after
+40 episodes 40 times; MAPPO makes three steps and COMA one on three episodes, or on 64: 21 times fewer updates.
+CleanMARL plays one mpe2 environment, without logs and tests; its variants in JAX and with several environments are not
+measured.
+
 A peer that is not installed stands there with the figure recorded earlier, on two shared cores of another machine: its
 ratios compare machines too.
 """
 
-import ctypes
 import itertools
 import math
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -126,7 +136,8 @@ import ernie_meanfield
 from envs import runs, sumo
 from envs.traffic import Traffic, fixed_time
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
 Sizes = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 T = 25  # steps of an episode
 ENDS = ("", "_lower_quartile", "_upper_quartile")
@@ -222,9 +233,10 @@ class Timing:
 def prepare(timing: Timing) -> Callable[[], float]:
     """One thread on one core; returns the clock."""
     torch.set_num_threads(1)
-    if timing.keep_memory and sys.platform == "linux":
-        for option, value in ((-4, 0), (-1, 2_000_000_000)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
+    if timing.keep_memory:
+        runs.keep_memory()
+    else:
+        os.environ["MALLOC_TRIM_THRESHOLD_"] = "131072"  # glibc's own: scripts leave it
     if timing.device != "cpu":
         return lambda: (torch.cuda.synchronize(), time.perf_counter())[1]
     if hasattr(os, "sched_setaffinity"):
@@ -957,6 +969,86 @@ def bench_taxes(timing: Timing, num_seeds: PositiveInt = 3, out: Path = RESULTS 
     write_csv(out, compare(rates, ("environment", "episodes"), {"device": timing.device, "num_seeds": num_seeds}))
 
 
+SIZES = "--actor-hidden-dim 64 --critic-hidden-dim 64 --eval-steps 1000000 --log-every 1000000"
+THEIRS = f"--env-type pz --env-name simple_spread_v3 {SIZES}"
+QUIET = "--no-cuda --regularizer none --eval-episodes 0 --wandb-mode disabled --hidden-size 64"
+QUIET += " --log-interval 1000000 --checkpoint-interval 1000000"
+COMA = f"ernie_coma.py {QUIET} --env-id simple_spread_v3 --rollout-steps 25 --critic-updates 1"
+MAPPO = (
+    f"ernie_mappo.py {QUIET} --env-id simple_spread_v3 --no-continuous-actions --update-epochs 3 --num-minibatches 1"
+)
+MATCHED = {  # commands, and the steps of their shorter runs
+    "MADDPG": {
+        "cleanmarl": (f"maddpg.py {THEIRS} --batch-size 5", 1_000),
+        "ours": (f"ernie_maddpg.py {QUIET} --no-continuous-actions", 10_000),
+    },
+    "MAPPO": {
+        "cleanmarl": (f"mappo.py {THEIRS} --batch-size 3", 3_000),
+        "ours": (f"{MAPPO} --num-envs 3", 15_000),
+        "ours, 64 episodes an update": (f"{MAPPO} --num-envs 64", 64_000),
+    },
+    "COMA": {
+        "cleanmarl": (f"coma.py {THEIRS} --batch-size 3", 3_000),
+        "ours": (f"{COMA} --num-envs 3", 15_000),
+        "ours, 64 episodes an update": (f"{COMA} --num-envs 64", 64_000),
+    },
+}
+CLEANMARL = """# runs a script of theirs without StarCraft, foraging and TensorBoard
+import runpy, sys, types
+from importlib import import_module
+sys.argv = sys.argv[1:]
+nothing = lambda *values, **named: None
+writer = types.SimpleNamespace(add_text=nothing, add_scalar=nothing, close=nothing)
+missing = {"env.smaclite_wrapper": ("SMACliteWrapper", None), "env.lbf": ("LBFWrapper", None)}
+missing["torch.utils.tensorboard"] = "SummaryWriter", lambda folder: writer
+for module, (name, value) in missing.items():
+    sys.modules[module] = types.ModuleType(module)
+    setattr(sys.modules[module], name, value)
+sys.modules["pettingzoo.mpe"] = import_module("mpe2")
+sys.modules["pettingzoo.mpe.simple_spread_v3"] = import_module("mpe2.simple_spread_v3")
+sys.path.insert(0, ".")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def cpu_seconds(command: list[str], folder: Path) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    said = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if said.returncode:
+        raise OSError(f"{command[-1]}: {said.stderr.strip().splitlines()[-1]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def bench_cleanmarl(timing: Timing, checkout: Path | None = None, out: Path = RESULTS / "speed_cleanmarl.csv") -> None:
+    """Environment steps of training per CPU second, beside the scripts of a `checkout` of CleanMARL."""
+    if checkout is None:
+        print("CleanMARL is left out: --checkout is missing")
+        return
+    rows = []
+    prepare(timing)  # the processes that are started inherit the core
+    os.environ.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="2000000000")  # for everybody
+    with tempfile.TemporaryDirectory() as folder:
+        for algorithm, contestants in MATCHED.items():
+            rates = {name: np.zeros(timing.repeats) for name in contestants}
+            for repeat, (name, (line, steps)) in itertools.product(range(timing.repeats), contestants.items()):
+                script, *flags = line.split()
+                if name == "cleanmarl":
+                    command, place = [sys.executable, "-c", CLEANMARL, script], checkout / "cleanmarl"
+                else:
+                    command, place = [sys.executable, script, f"--runs-dir={folder}"], ROOT
+                command += flags
+                short, long = (cpu_seconds([*command, f"--total-timesteps={n}"], place) for n in (steps, 4 * steps))
+                rates[name][repeat] = 3 * steps / (long - short)
+            print(f"\n{algorithm:32}{'env steps/s (quartiles)':27}times cleanmarl")
+            for name, rate in rates.items():
+                row = {"algorithm": algorithm, "name": name, "repeats": timing.repeats}
+                row |= quartiles("steps_per_second", rate) | quartiles("times_cleanmarl", rate / rates["cleanmarl"])
+                print(f"{name:31}", text(row, "steps_per_second"), text(row, "times_cleanmarl"), flush=True)
+                rows.append(row)
+    write_csv(out, rows)
+
+
 COMMANDS = {
     "env": bench_env,
     "train": bench_train,
@@ -968,6 +1060,7 @@ COMMANDS = {
     "drones": bench_drones,
     "economy": bench_economy,
     "taxes": bench_taxes,
+    "cleanmarl": bench_cleanmarl,
 }
 
 if __name__ == "__main__":

@@ -352,11 +352,10 @@ def new_figure(width: float, height: float):
 
 def graphed(body: Callable, optimizers: dict[str, torch.optim.Optimizer]) -> Callable:
     """`body`, from a dictionary of tensors to another, on a GPU with all its kernels in one launch. The first three
-    calls run it as it is, which creates what is created once; the fourth captures it in a CUDA graph. From then on no
-    line of it runs: its kernels do, on the same memory with the same Python numbers. So what changes from call to call
-    must be in its argument; step sizes of `optimizers`, fused Adams, may change as well. Arguments of other shapes than
-    the first call's, as a last minibatch may have, get a run as it is. The graph is without deterministic
-    algorithms."""
+    calls run it, which creates what is created once; the fourth captures it in a CUDA graph. From then on no line of it
+    runs: its kernels do, on the same memory with the same Python numbers. So what changes from call to call must be in
+    its argument, of the same shapes; step sizes of `optimizers`, fused Adams, may change as well. All calls are without
+    deterministic algorithms."""
     device = next(iter(optimizers.values())).param_groups[0]["params"][0].device
     return captured(body, optimizers, device) if device.type == "cuda" else body
 
@@ -382,8 +381,6 @@ def captured(body: Callable, optimizers: dict[str, torch.optim.Optimizer], devic
 
     def call(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         nonlocal calls
-        if any(batch[name].shape != value.shape for name, value in inputs.items()):
-            return body(batch)
         calls += 1
         groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
         if calls == 1:

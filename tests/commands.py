@@ -227,8 +227,8 @@ def learner(script, nets, env, args) -> tuple[dict, Callable]:
     return {"nets": {name: net.flat for name, net in copies.items()}, "optimizers": optimizers}, update
 
 
-def in_other_orders(batch: dict, M: int, count: int) -> list[dict]:
-    """Batches of the same M samples, the k-th with the regulariser's samples and all others k places further on."""
+def rotated(batch: dict, M: int, count: int) -> list[dict]:
+    """`count` batches of the same M samples, the k-th rotated by k."""
     batches = []
     for k in range(count):
         rolled = {}

@@ -16,10 +16,10 @@ from commands import (
     alike,
     check_updates_in_a_cuda_graph,
     fourth_order,
-    in_other_orders,
     learner,
     only,
     plain,
+    rotated,
     without_speed,
 )
 
@@ -746,4 +746,8 @@ def test_sumo_that_is_not_installed(tmp_path, monkeypatch, capsys):
 def test_updates_in_a_cuda_graph_are_those_without(options, monkeypatch):
     args, env, nets, batch = prepared(**options)
     learners = [learner(script, nets, env, args) for _ in range(2)]
-    check_updates_in_a_cuda_graph(learners, in_other_orders(batch, 6, 9), DEVICE, monkeypatch)
+    batches = rotated(batch, 6, 9)
+    for k, changed in enumerate(batches):
+        changed["exploration"] = torch.tensor(0.1 + 0.05 * k, device=DEVICE)
+        changed["entropy_coef"] = torch.tensor(0.05 + 0.1 * k, device=DEVICE)
+    check_updates_in_a_cuda_graph(learners, batches, DEVICE, monkeypatch)

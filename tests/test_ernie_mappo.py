@@ -16,10 +16,10 @@ from commands import (
     call,
     check_updates_in_a_cuda_graph,
     fourth_order,
-    in_other_orders,
     learner,
     only,
     plain,
+    rotated,
     without_speed,
 )
 from PIL import Image
@@ -1110,11 +1110,25 @@ def test_the_leader_learns_to_climb(tmp_path):
     assert rows[-1]["eval/leader_0"] > -25
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("width", [4, 18])
+def test_a_seeds_outputs_and_gradients_do_not_depend_on_others_in_any_layout(shared, width):
+    """Few samples, where products of another layout are rounded otherwise."""
+    N, A = 3, 5
+    net = script.orthogonal_mlp([width, 64, A], "tanh", N, 1.0, make_generators(1, 2, "test", DEVICE))
+    obs = per_seed(torch.randn, (4, 1 if shared else N, width), make_generators(2, 2, "test", DEVICE)).transpose(1, 2)
+    alone = dataclasses.replace(net, flat=net.flat.detach()[:N].clone().requires_grad_())
+    found = []
+    for some, x in ((net, obs), (alone, obs[:1])):
+        output = some(x)
+        (gradient,) = torch.autograd.grad(output.square().sum(), some.flat)
+        found.append((output[0], gradient[:N]))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
 @pytest.mark.parametrize("options", [dict(regularizer="none"), dict(regularizer="stackelberg"), dict(discrete=True)])
 def test_updates_in_a_cuda_graph_are_those_without(options, monkeypatch):
     args, env, nets, episodes, noise = tiny(**options)
     batch = batch_of(nets, episodes, env, args) | noise
     learners = [learner(script, nets, env, args) for _ in range(2)]
-    batches = in_other_orders(batch, 6, 9)
-    batches.insert(6, {name: x.narrow(2, 0, 4) for name, x in batches[0].items()})  # a last, smaller minibatch
-    check_updates_in_a_cuda_graph(learners, batches, DEVICE, monkeypatch)
+    check_updates_in_a_cuda_graph(learners, rotated(batch, 6, 9), DEVICE, monkeypatch)

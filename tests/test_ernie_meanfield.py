@@ -14,10 +14,10 @@ from commands import (
     call,
     check_updates_in_a_cuda_graph,
     fourth_order,
-    in_other_orders,
     learner,
     on,
     plain,
+    rotated,
     without_speed,
 )
 from scipy.optimize import linear_sum_assignment
@@ -1003,4 +1003,4 @@ def test_learns_to_spread(tmp_path):
 def test_updates_in_a_cuda_graph_are_those_without(options, monkeypatch):
     args, env, nets, batch = world(compile_transport=False, **options)
     learners = [learner(script, nets, env, args) for _ in range(2)]
-    check_updates_in_a_cuda_graph(learners, in_other_orders(batch, 7, 9), DEVICE, monkeypatch)
+    check_updates_in_a_cuda_graph(learners, rotated(batch, 7, 9), DEVICE, monkeypatch)

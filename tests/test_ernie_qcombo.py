@@ -13,10 +13,10 @@ from commands import (
     alike,
     check_updates_in_a_cuda_graph,
     fourth_order,
-    in_other_orders,
     learner,
     on,
     plain,
+    rotated,
     without_speed,
 )
 
@@ -673,4 +673,4 @@ def test_a_flow_for_other_streets_is_named(options):
 def test_updates_in_a_cuda_graph_are_those_without(options, monkeypatch):
     args, env, nets, batch = tiny(**options)
     learners = [learner(script, nets, env, args) for _ in range(2)]
-    check_updates_in_a_cuda_graph(learners, in_other_orders(batch, 6, 9), DEVICE, monkeypatch)
+    check_updates_in_a_cuda_graph(learners, rotated(batch, 6, 9), DEVICE, monkeypatch)

@@ -12,9 +12,9 @@ from commands import (
     alike,
     check_updates_in_a_cuda_graph,
     fourth_order,
-    in_other_orders,
     learner,
     plain,
+    rotated,
     without_speed,
 )
 
@@ -430,4 +430,4 @@ def test_the_report_has_the_runs_own_adversaries(tmp_path):
 def test_updates_in_a_cuda_graph_are_those_without(continuous, monkeypatch):
     args, env, nets, _, batch = world(continuous_actions=continuous, num_seeds=2)
     learners = [learner(script, nets, env, args) for _ in range(2)]
-    check_updates_in_a_cuda_graph(learners, in_other_orders(batch, 32, 9), DEVICE, monkeypatch)
+    check_updates_in_a_cuda_graph(learners, rotated(batch, 32, 9), DEVICE, monkeypatch)
