@@ -212,6 +212,14 @@ WIDTHS = {
     "transport_steps": 50,
     "eval_agents": (3, 6),
 }
+LIGHTS_METHODS = regularizers(("stackelberg", "adversarial", "random", "gaussian"), [{}])
+LIGHTS_CLAIMS = (
+    ("stackelberg", "none"),
+    ("stackelberg", "adversarial"),
+    ("stackelberg", "random"),
+    ("stackelberg", "gaussian"),
+    ("adversarial", "none"),
+)
 TRAFFIC_FLAGS = {"compile": True, "eval_episodes": 1, "log_interval": 64_000}
 TRAFFIC = partial(
     Study,
@@ -389,16 +397,8 @@ STUDIES = {
         script="ernie_qcombo.py",
         text="ERNIE has a more stable reward than QCOMBO on each change of the environment, ERNIE-A under changed "
         "actions; without unrolling the attack it is worse; Gaussian noise helps against noise only",
-        methods=regularizers(("stackelberg", "adversarial", "random", "gaussian"), [{}])
-        | {"ernie_a": [{"regularizer": "none", "action_reg_coef": 1}]},
-        claims=(
-            ("stackelberg", "none"),
-            ("stackelberg", "adversarial"),
-            ("stackelberg", "random"),
-            ("stackelberg", "gaussian"),
-            ("adversarial", "none"),
-            ("ernie_a", "none"),
-        ),
+        methods=LIGHTS_METHODS | {"ernie_a": [{"regularizer": "none", "action_reg_coef": 1}]},
+        claims=(*LIGHTS_CLAIMS, ("ernie_a", "none")),
         alone=("network",),
     ),
     "qcombo_sensitivity": TRAFFIC(
@@ -414,15 +414,8 @@ STUDIES = {
     "coma": TRAFFIC(
         script="ernie_coma.py",
         text="ERNIE and ERNIE without unrolling are better than COMA in all changed environments",
-        methods=regularizers(("stackelberg", "adversarial", "random", "gaussian"), [{}]),
-        claims=(
-            ("stackelberg", "none"),
-            ("stackelberg", "adversarial"),
-            ("stackelberg", "random"),
-            ("stackelberg", "gaussian"),
-            ("adversarial", "none"),
-            ("gaussian", "none"),
-        ),
+        methods=LIGHTS_METHODS,
+        claims=(*LIGHTS_CLAIMS, ("gaussian", "none")),
         seeds=(101, 105),
         alone=("network",),
     ),

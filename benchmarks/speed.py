@@ -969,14 +969,13 @@ def bench_taxes(timing: Timing, num_seeds: PositiveInt = 3, out: Path = RESULTS 
     write_csv(out, compare(rates, ("environment", "episodes"), {"device": timing.device, "num_seeds": num_seeds}))
 
 
-SIZES = "--actor-hidden-dim 64 --critic-hidden-dim 64 --eval-steps 1000000 --log-every 1000000"
-THEIRS = f"--env-type pz --env-name simple_spread_v3 {SIZES}"
+THEIRS = "--env-type pz --env-name simple_spread_v3 --actor-hidden-dim 64 --critic-hidden-dim 64"
+THEIRS += " --eval-steps 1000000 --log-every 1000000"
 QUIET = "--no-cuda --regularizer none --eval-episodes 0 --wandb-mode disabled --hidden-size 64"
 QUIET += " --log-interval 1000000 --checkpoint-interval 1000000"
 COMA = f"ernie_coma.py {QUIET} --env-id simple_spread_v3 --rollout-steps 25 --critic-updates 1"
-MAPPO = (
-    f"ernie_mappo.py {QUIET} --env-id simple_spread_v3 --no-continuous-actions --update-epochs 3 --num-minibatches 1"
-)
+MAPPO = f"ernie_mappo.py {QUIET} --env-id simple_spread_v3 --no-continuous-actions --share-parameters"
+MAPPO += " --update-epochs 3 --num-minibatches 1"
 MATCHED = {  # commands, and the steps of their shorter runs
     "MADDPG": {
         "cleanmarl": (f"maddpg.py {THEIRS} --batch-size 5", 1_000),

@@ -238,9 +238,9 @@ def rotated(batch: dict, M: int, count: int) -> list[dict]:
     return batches
 
 
-def check_updates_in_a_cuda_graph(learners, batches, device, monkeypatch, resumed=False) -> None:
+def check_updates_in_a_cuda_graph(learners, batches, device, monkeypatch, resumed=False, least=100) -> None:
     """Three updates that run, a capture and its replays equal updates without a graph, of two equal `learners`. On a
-    CPU the graph is a recording of ATen's calls."""
+    CPU the graph is a recording of more than `least` calls of ATen."""
     recorders = [] if device.type == "cuda" else record_cuda_graphs(monkeypatch)
     (plain, update), (graphed, update_graphed) = learners
     assert (envs.graphed(update, plain["optimizers"]) is update) == (device.type == "cpu")
@@ -260,5 +260,4 @@ def check_updates_in_a_cuda_graph(learners, batches, device, monkeypatch, resume
         assert alike(optimizer.state_dict(), graphed["optimizers"][name].state_dict())
     assert len(recorders) == (device.type == "cpu")
     for recorder in recorders:
-        assert not recorder.obstacles
-        assert len(recorder.calls) > 100
+        assert len(recorder.calls) > least and not recorder.obstacles
