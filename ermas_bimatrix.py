@@ -765,8 +765,7 @@ def train(task: Task, learner: Learner, run: runs.Run, checkpoint: dict) -> None
             tensors = {"settings": settings, "lambdas": learner.lambdas, "values": learner.values}
             runs.restore(live | tensors, checkpoint)
         iteration = checkpoint["iteration"]
-        for name, values in checkpoint["window"].items():
-            window[name] = [value.to(env.device) for value in values]
+        window.update(runs.moved(checkpoint["window"], env.device))
 
     started, first_step = time.perf_counter(), environment_steps(iteration, args)
     bar = runs.progress_bar(args.num_iterations, iteration, unit="iteration")

@@ -980,8 +980,7 @@ def train(phase: str, learner: Learner, args: Args, run: runs.Run, checkpoint: d
         with runs.exits(2, ValueError):
             runs.restore(learner.everything() | {"iteration": 0, "window": {}}, checkpoint)
         iteration = checkpoint["iteration"]
-        for name, values in checkpoint["window"].items():
-            window[name] = [value.to(device) for value in values]
+        window.update(runs.moved(checkpoint["window"], device))
 
     per_iteration = steps_per_iteration(env, args)
     step = iteration * per_iteration

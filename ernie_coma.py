@@ -62,7 +62,7 @@ class Experiment:
     """torch.compile the environment step (traffic: a minute, then 9x as fast) and, on a GPU, the losses; default: the
     step of traffic, where there is a C++ compiler"""
     cuda_graphs: bool = False
-    """on a GPU: capture updates in a CUDA graph, without deterministic algorithms; not measured; ignored on a CPU"""
+    """on a GPU: updates and rollouts as CUDA graphs, without deterministic algorithms; not measured; CPUs ignore it"""
     runs_dir: str = "runs"  # folder that receives a folder per run
     resume: str | None = None  # run folder to continue; other flags are read from it
     evaluate: str | None = None  # run folder or policy file whose policies are evaluated again, without training
@@ -366,18 +366,14 @@ def regularizer(nets: Nets, obs: Tensor, clean: Tensor, noise: Tensor, env: Env,
         return divergence(args.divergence, policy(nets["actor"], obs + unit * delta, env), clean)
 
     if args.regularizer == "gaussian":  # of mean length epsilon
-        half = live.sum(-1, keepdim=True) / 2
-        log_ratio = torch.lgamma(half + 0.5) - torch.lgamma(half)
-        mean_length = math.sqrt(2) * log_ratio.exp()
-        delta = noise * args.epsilon / mean_length
+        delta = noise * args.epsilon / perturb.mean_length(live)
     elif args.regularizer == "random":
         delta = perturb.rescale(noise, args.epsilon, args.norm)
     else:
         start = perturb.rescale(noise, 0.5 * args.epsilon, args.norm)  # at 0 the divergence has no gradient
         size = args.attack_lr * perturb.reach(args.epsilon, live, args.norm)
         ball = partial(perturb.project, epsilon=args.epsilon, norm=args.norm)
-        is_stackelberg = args.regularizer == "stackelberg"
-        delta = unroll(change, start, args.attack_steps, size, ball, is_stackelberg)
+        delta = unroll(change, start, args.attack_steps, size, ball, args.regularizer == "stackelberg")
     return change(delta), delta
 
 
@@ -389,8 +385,7 @@ def diagnose(nets: Nets, obs: Tensor, noise: Tensor, env: Env, args: Args) -> Ba
     clean = policy(actor, obs, env)
     changes, gradients = {}, {}
     for mode in ("random", "adversarial", "stackelberg"):
-        mode_args = replace(args, regularizer=mode)
-        change, delta = regularizer(nets, obs, clean, noise, env, mode_args)
+        change, delta = regularizer(nets, obs, clean, noise, env, replace(args, regularizer=mode))
         change = change[:, team].mean(2)  # [S, N]
         changes[mode] = change.mean(1)
         (gradient,) = torch.autograd.grad(change.sum(), actor.flat, retain_graph=True)
@@ -716,8 +711,10 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
     S, T = args.num_seeds, args.rollout_steps
     step_env, losses = compiled(env, args)
     learn = partial(update, nets, optimizers, losses, env=env, args=args)
+    play = partial(rollout, step_env, env, nets)
     if args.cuda_graphs:
-        learn = envs.graphed(learn, optimizers)
+        learn = envs.graphed(learn, env.device, optimizers)
+        play = play if args.is_zoo else envs.graphed(play, env.device)
     reset = partial(env.reset, step=step_env) if args.is_traffic else env.reset
     skipped = args.num_envs * args.warmup if args.is_traffic else 0  # steps before the first rollout of an episode
     new_streams = partial(envs.make_generators, args.seed, S, device=env.device)
@@ -732,10 +729,9 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
         iteration, step = checkpoint["iteration"], checkpoint["step"]
         if checkpoint["state"]:
             module = traffic if args.is_traffic else particle
-            state = module.State(**{name: value.to(env.device) for name, value in checkpoint["state"].items()})
+            state = module.State(**runs.moved(checkpoint["state"], env.device))
             start = (state, env.observe(state))
-        for name, values in checkpoint["window"].items():
-            window[name] = [value.to(env.device) for value in values]
+        window.update(runs.moved(checkpoint["window"], env.device))
     else:
         period, norm_env = 1, env
         if args.is_traffic:  # lights switch every tenth second with probability 1/2, as in the paper's warm-up
@@ -759,7 +755,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
                 "policy_steps": torch.tensor(iteration),
             }
             draws = draw_rollout(env, streams["rollout"], args)
-            start, episodes, outcomes = rollout(step_env, env, nets, start, draws, schedule)
+            start, episodes, outcomes = play(start, draws, schedule)
             batch = prepare(nets, episodes, iteration, env, args) | draw_noise(streams["noise"], env, args)
             remaining = 1 - progress if args.anneal_lr else 1.0
             optimizers["actor"].param_groups[0]["lr"] = args.learning_rate * remaining

@@ -58,7 +58,7 @@ class Experiment:
     num_threads: Threads = 1  # CPU threads; with more set OMP_WAIT_POLICY=PASSIVE, or one busy core stalls all
     compile: bool = False  # torch.compile the environment step and, on a GPU, the losses
     cuda_graphs: bool = False
-    """on a GPU: capture updates in a CUDA graph, without deterministic algorithms; not measured; ignored on a CPU"""
+    """on a GPU: updates and rollouts as CUDA graphs, without deterministic algorithms; not measured; CPUs ignore it"""
     runs_dir: str = "runs"  # folder that receives a folder per run
     resume: str | None = None  # run folder to continue; other flags are read from it
     evaluate: str | None = None  # run folder or policy file whose policies are evaluated again, without training
@@ -306,8 +306,8 @@ def logprob_and_entropy(output: Tensor, action: Tensor, env: Env) -> tuple[Tenso
 def draw_action(output: Tensor, noise: Tensor | float, env: Env) -> Tensor:
     """A sample [S, N, M, A] of policies, one-hot by Gumbel noise or normal; without noise (0) the likeliest action."""
     if env.discrete:
-        best = (output + noise).argmax(-1)
-        return F.one_hot(best, output.shape[-1]).to(output.dtype)
+        best = (output + noise).argmax(-1, keepdim=True)
+        return torch.zeros_like(output).scatter(-1, best, 1.0)
     mean, log_std = output.chunk(2, -1)
     return (mean + log_std.exp() * noise) * env.action_mask[:, None]
 
@@ -383,18 +383,14 @@ def regularizer(nets: Nets, obs: Tensor, clean: Tensor, noise: Tensor, env: Env,
         return divergence(args.divergence, hold_std(output, env, args), clean)
 
     if args.regularizer == "gaussian":  # of mean length epsilon
-        half = live.sum(-1, keepdim=True) / 2
-        log_ratio = torch.lgamma(half + 0.5) - torch.lgamma(half)
-        mean_length = math.sqrt(2) * log_ratio.exp()
-        delta = noise * args.epsilon / mean_length
+        delta = noise * args.epsilon / perturb.mean_length(live)
     elif args.regularizer == "random":
         delta = perturb.rescale(noise, args.epsilon, args.norm)
     else:
         start = perturb.rescale(noise, 0.5 * args.epsilon, args.norm)  # at 0 the divergence has no gradient
         size = args.attack_lr * perturb.reach(args.epsilon, live, args.norm)
         ball = partial(perturb.project, epsilon=args.epsilon, norm=args.norm)
-        is_stackelberg = args.regularizer == "stackelberg"
-        delta = unroll(change, start, args.attack_steps, size, ball, is_stackelberg)
+        delta = unroll(change, start, args.attack_steps, size, ball, args.regularizer == "stackelberg")
     return change(delta), delta
 
 
@@ -406,8 +402,7 @@ def diagnose(nets: Nets, obs: Tensor, noise: Tensor, env: Env, args: Args) -> Ba
     clean = policy(actor, obs, env, args)
     changes, gradients = {}, {}
     for mode in ("random", "adversarial", "stackelberg"):
-        mode_args = replace(args, regularizer=mode)
-        change, delta = regularizer(nets, obs, clean, noise, env, mode_args)
+        change, delta = regularizer(nets, obs, clean, noise, env, replace(args, regularizer=mode))
         change = change[:, team].mean(2)  # [S, N]
         changes[mode] = change.mean(1)
         (gradient,) = torch.autograd.grad(change.sum(), actor.flat, retain_graph=True)
@@ -549,22 +544,29 @@ def update(nets: Nets, optimizers: dict, losses: dict, batch: Batch, env: Env, a
 # Rollout of whole episodes, so that between two of them a checkpoint needs no environment state, and their minibatches
 
 
+def draw_rollout(env: Env, generators: Generators) -> tuple:
+    """What is random in episodes: state and obs at their start, noise of actions [S, T, N, B, A], noise of each step of
+    the environments."""
+    sampler = envs.gumbel if env.discrete else torch.randn
+    N, A = env.action_mask.shape
+    noise = envs.per_seed(sampler, (env.horizon, N, env.num_envs // len(generators), A), generators)
+    start = env.reset(generators)
+    return start, noise, [env.draw(generators) for _ in range(env.horizon)]
+
+
 @torch.no_grad()
-def rollout(step_env: Callable, env: Env, nets: Nets, generators: Generators, args: Args) -> Batch:
+def rollout(step_env: Callable, env: Env, nets: Nets, args: Args, draws: tuple) -> Batch:
     """Episodes of sampled actions: obs, normalised, [S, N, B, T + 1, O], actions, not clipped, [S, N, B, T, A], rewards
     [S, N, B, T], terminated [S, 1, B, T]. Of PettingZoo's environments terminated is each agent's, and `live`
     [S, N, B, T] is 0 where it had ended before: one episode follows another there."""
-    S = len(generators)
-    N, A = env.action_mask.shape
-    sampler = envs.gumbel if env.discrete else torch.randn
-    noise = envs.per_seed(sampler, (env.horizon, N, env.num_envs // S, A), generators)
-    state, obs = env.reset(generators)
+    (state, obs), noise, env_noise = draws
+    S = len(noise)
     obs = nets["normalizer"](envs.by_agent(obs, S))
     steps = defaultdict(list, obs=[obs])
-    for t in range(env.horizon):
+    for t, step_noise in enumerate(env_noise):
         action = draw_action(policy(nets["actor"], obs, env, args), noise[:, t], env)
         env_action = envs.for_env(squash(action, env), env)
-        state, obs, reward, terminated, _, info = step_env(state, env_action, env.draw(generators))
+        state, obs, reward, terminated, _, info = step_env(state, env_action, step_noise)
         obs = nets["normalizer"](envs.by_agent(obs, S))
         steps["obs"].append(obs)
         steps["actions"].append(action)
@@ -707,8 +709,10 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
     steps_per_iteration = args.num_envs * env.horizon
     step_env, losses = compiled(env, args)
     learn = partial(update, nets, optimizers, losses, env=env, args=args)
+    play = partial(rollout, step_env, env, nets, args)
     if args.cuda_graphs:
-        learn = envs.graphed(learn, optimizers)
+        learn = envs.graphed(learn, env.device, optimizers)
+        play = play if args.is_zoo else envs.graphed(play, env.device)
     test_env = envs.for_tests(env, S * min(100, args.eval_episodes or 10))
     new_streams = partial(envs.make_generators, args.seed, S, device=env.device)
     streams = {purpose: new_streams(purpose) for purpose in ("rollout", "minibatches", "noise")}
@@ -719,8 +723,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             live = {"optimizers": optimizers, "streams": streams, "iteration": 0, "window": {}}
             runs.restore(live, checkpoint)
         iteration = checkpoint["iteration"]
-        for name, values in checkpoint["window"].items():
-            window[name] = [value.to(env.device) for value in values]
+        window.update(runs.moved(checkpoint["window"], env.device))
     else:
         nets["normalizer"].flat.copy_(perturb.observation_moments(step_env, env, new_streams("norm")))
 
@@ -731,14 +734,13 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
         while step < args.total_timesteps and not caught:
             progress = step / args.total_timesteps if args.anneal_lr else 0.0
             optimizers["adam"].param_groups[0]["lr"] = args.learning_rate * (1 - progress)
-            episodes = rollout(step_env, env, nets, streams["rollout"], args)
+            episodes = play(draw_rollout(env, streams["rollout"]))
             returns = episodes["rewards"].sum(3).mT  # [S, B, N]
             window["charts/episodic_return"].append(envs.episodic_return(returns, env))
             samples = prepare(nets, episodes, env, args)
             for batch in minibatches(samples, streams["minibatches"], args):
                 batch |= draw_noise(streams["noise"], env, args)
-                metrics = learn(batch)
-                for name, value in metrics.items():
+                for name, value in learn(batch).items():
                     window[name].append(value)
             iteration += 1
             step += steps_per_iteration

@@ -65,7 +65,7 @@ class Experiment:
     compile: bool = False  # torch.compile the environment step and, on a GPU, the losses
     compile_transport: Switch = None  # torch.compile IPOT; default: where there is a C++ compiler
     cuda_graphs: bool = False
-    """on a GPU: capture updates in a CUDA graph, without deterministic algorithms; not measured; ignored on a CPU"""
+    """on a GPU: updates and rollouts as CUDA graphs, without deterministic algorithms; not measured; CPUs ignore it"""
     runs_dir: str = "runs"  # folder that receives a folder per run
     resume: str | None = None  # run folder to continue; other flags are read from it
     evaluate: str | None = None  # run folder or policy file whose policies are evaluated again, without training
@@ -637,26 +637,33 @@ def views(obs: Tensor, num_agents: int) -> tuple[Tensor, Tensor]:
     return torch.cat([place, others], -2), landmarks
 
 
+def draw_rollout(env: Env, std: float, generators: Generators) -> tuple:
+    """What is random in episodes: state and obs at their start, noise of actions [S, T, B, N, A], noise of each step of
+    the environments."""
+    start = env.reset(generators)
+    shape = (env.horizon, env.num_envs // len(generators), *env.action_mask.shape)
+    scale = std * (env.action_high - env.action_low) / 2
+    noise = scale * envs.per_seed(torch.randn, shape, generators)
+    return start, noise, [env.draw(generators) for _ in range(env.horizon)]
+
+
 @torch.no_grad()
-def rollout(step_env: Callable, env: Env, nets: Nets, std: float, generators: Generators, args: Args) -> Batch:
+def rollout(step_env: Callable, env: Env, nets: Nets, args: Args, draws: tuple) -> Batch:
     """Episodes with exploration: body [S, B, T + 1, N, 4], landmarks [S, B, L, 2], actions [S, B, T, N, A], rewards
     [S, B, T, N], terminated [S, B, T]."""
-    S = len(generators)
-    state, obs = env.reset(generators)
+    (state, obs), noise, env_noise = draws
+    S = len(noise)
     obs = obs.unflatten(0, (S, -1))
-    shape = (env.horizon, obs.shape[1], *env.action_mask.shape)
-    noise = envs.per_seed(torch.randn, shape, generators)
-    half_width = (env.action_high - env.action_low) / 2
     body = obs[..., :4]
     _, landmarks = views(obs, env.num_agents)
     landmarks = landmarks[:, :, :1]
     steps = defaultdict(list, body=[body])
-    for t in range(env.horizon):
+    for t, step_noise in enumerate(env_noise):
         own = perceive(body, crowd_of(body), landmarks, args)
         action = policy(nets, "actor", own, crowd_of(own), landmarks, env)
-        explored = action + std * half_width * noise[:, t]
+        explored = action + noise[:, t]
         action = explored.clamp(env.action_low, env.action_high)
-        step = step_env(state, action.flatten(0, 1), env.draw(generators))
+        step = step_env(state, action.flatten(0, 1), step_noise)
         state = step[0]
         step = [x.unflatten(0, (S, -1)) for x in step[1:4]]
         obs, reward, terminated = step
@@ -791,8 +798,10 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
     steps_per_iteration = args.num_envs * env.horizon
     step_env, losses = compiled(env, args)
     learn = partial(update, nets, optimizers, losses, env=env, args=args)
+    play = partial(rollout, step_env, env, nets, args)
     if args.cuda_graphs:
-        learn = envs.graphed(learn, optimizers)
+        learn = envs.graphed(learn, env.device, optimizers)
+        play = envs.graphed(play, env.device)
     new_streams = partial(envs.make_generators, args.seed, S, device=env.device)
     streams = {purpose: new_streams(purpose) for purpose in ("rollout", "replay", "noise")}
     num_iterations = math.ceil(args.total_timesteps / steps_per_iteration)
@@ -807,8 +816,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
         iteration = checkpoint["iteration"]
         for name, values in checkpoint["replay"].items():
             replay[name][:, : values.shape[1]] = values
-        for name, values in checkpoint["window"].items():
-            window[name] = [value.to(env.device) for value in values]
+        window.update(runs.moved(checkpoint["window"], env.device))
 
     step = iteration * steps_per_iteration
     num_updates = max(0, step - args.learning_starts) // args.steps_per_update
@@ -821,7 +829,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             for optimizer in optimizers.values():
                 step_size = (1 - progress) * args.learning_rate + progress * args.learning_rate_end
                 optimizer.param_groups[0]["lr"] = step_size
-            episodes = rollout(step_env, env, nets, std, streams["rollout"], args)
+            episodes = play(draw_rollout(env, std, streams["rollout"]))
             returns = episodes["rewards"].sum(2)
             window["charts/episodic_return"].append(returns.mean((1, 2)))
             slot = iteration % slots * args.num_envs
@@ -833,8 +841,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             while (num_updates + 1) * args.steps_per_update <= step - args.learning_starts:
                 batch = sample(replay, filled, args, streams["replay"])
                 batch |= draw_noise(streams["noise"], env, args)
-                metrics = learn(batch)
-                for name, value in metrics.items():
+                for name, value in learn(batch).items():
                     window[name].append(value)
                 num_updates += 1
             bar.update(steps_per_iteration)

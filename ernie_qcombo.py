@@ -64,7 +64,7 @@ class Experiment:
     """torch.compile the environment step (a minute, then 9x as fast) and, on a GPU, the loss; default: the step, where
     there is a C++ compiler"""
     cuda_graphs: bool = False
-    """on a GPU: capture updates in a CUDA graph, without deterministic algorithms; not measured; ignored on a CPU"""
+    """on a GPU: updates and rollouts as CUDA graphs, without deterministic algorithms; not measured; CPUs ignore it"""
     runs_dir: str = "runs"  # folder that receives a folder per run
     resume: str | None = None  # run folder to continue; other flags are read from it
     evaluate: str | None = None  # run folder or policy file whose policies are evaluated again, without training
@@ -361,18 +361,14 @@ def regularizer(
         return divergence(args.divergence, network(obs + unit * delta), clean)
 
     if args.regularizer == "gaussian":  # of mean length epsilon
-        half = live.sum(-1, keepdim=True) / 2
-        log_ratio = torch.lgamma(half + 0.5) - torch.lgamma(half)
-        mean_length = math.sqrt(2) * log_ratio.exp()
-        delta = noise * (args.epsilon / mean_length)
+        delta = noise * (args.epsilon / perturb.mean_length(live))
     elif args.regularizer == "random":
         delta = perturb.rescale(noise, args.epsilon, args.norm)
     else:
         start = perturb.rescale(noise, 0.5 * args.epsilon, args.norm)  # at 0 the divergence has no gradient
         size = args.attack_lr * perturb.reach(args.epsilon, live, args.norm)
         ball = partial(perturb.project, epsilon=args.epsilon, norm=args.norm)
-        is_stackelberg = args.regularizer == "stackelberg"
-        delta = unroll(change, start, args.attack_steps, size, ball, is_stackelberg)
+        delta = unroll(change, start, args.attack_steps, size, ball, args.regularizer == "stackelberg")
     return change(delta), delta
 
 
@@ -520,19 +516,19 @@ def explore(t: int, exploration: float, env: Env, generators: Generators, args: 
 
 @torch.no_grad()
 def rollout(
-    step_env: Callable, env: Env, nets: Nets, state: traffic.State, choices: tuple, generators: Generators
+    step_env: Callable, env: Env, nets: Nets, state: traffic.State, choices: tuple, env_noise: list
 ) -> tuple[traffic.State, Batch]:
     """The next T seconds of every environment, lights greedy but for the `choices` of `explore`. Returns the new state,
     what make_replay has room for, and [S, B, T] each of traffic.outcome."""
-    S = len(generators)
     is_random, random_action = choices
+    S = len(is_random)
     obs = env.observe(state)
     steps = defaultdict(list, obs=[obs])
-    for t in range(is_random.shape[1]):
+    for t, step_noise in enumerate(env_noise):
         q = nets["local"](nets["normalizer"](envs.by_agent(obs, S)))  # [S, N, B, A]
         greedy = q.argmax(-1).transpose(1, 2)
         action = torch.where(is_random[:, t], random_action[:, t], greedy).flatten(0, 1)
-        state, obs, reward, terminated, _, info = step_env(state, action, env.draw(generators))
+        state, obs, reward, terminated, _, info = step_env(state, action, step_noise)
         steps["obs"].append(obs)
         steps["actions"].append(action)
         steps["rewards"].append(reward)
@@ -679,8 +675,10 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
     steps_per_iteration = args.num_envs * T
     step_env, loss = compiled(env, args)
     learn = partial(update, nets, optimizers, loss, args=args)
+    play = partial(rollout, step_env, env, nets)
     if args.cuda_graphs:
-        learn = envs.graphed(learn, optimizers)
+        learn = envs.graphed(learn, env.device, optimizers)
+        play = envs.graphed(play, env.device)
     test_lights = make_lights(nets, args, env.device, 2, 300)
     new_streams = partial(envs.make_generators, args.seed, S, device=env.device)
     streams = {purpose: new_streams(purpose) for purpose in ("rollout", "replay", "noise")}
@@ -695,11 +693,10 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             live = {"optimizers": optimizers, "streams": streams, "iteration": 0}
             runs.restore(live | {"window": {}, "replay": {}, "state": {}}, checkpoint)
         iteration = checkpoint["iteration"]
-        state = traffic.State(**{name: value.to(env.device) for name, value in checkpoint["state"].items()})
+        state = traffic.State(**runs.moved(checkpoint["state"], env.device))
         for name, values in checkpoint["replay"].items():
             replay[name][:, : values.shape[1]] = values
-        for name, values in checkpoint["window"].items():
-            window[name] = [value.to(env.device) for value in values]
+        window.update(runs.moved(checkpoint["window"], env.device))
 
     step = iteration * steps_per_iteration
     started, first_step = time.perf_counter(), step
@@ -712,7 +709,8 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             if t == 0:
                 state, _ = env.reset(streams["rollout"])
             choices = explore(t, exploration, env, streams["rollout"], args)
-            state, episodes = rollout(step_env, env, nets, state, choices, streams["rollout"])
+            env_noise = [env.draw(streams["rollout"]) for _ in range(T)]
+            state, episodes = play(state, choices, env_noise)
             slot = iteration % slots * args.num_envs
             for name, values in episodes.items():
                 if name in replay:
@@ -730,8 +728,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             for _ in range(num_updates):
                 batch = sample(replay, filled, nets["normalizer"], args, streams["replay"])
                 batch |= draw_noise(streams["noise"], env, args)
-                metrics = learn(batch)
-                for name, value in metrics.items():
+                for name, value in learn(batch).items():
                     window[name].append(value)
             bar.update(steps_per_iteration)
 

@@ -59,7 +59,7 @@ class Experiment:
     num_threads: Threads = 1  # CPU threads; with more set OMP_WAIT_POLICY=PASSIVE, or one busy core stalls all
     compile: bool = False  # torch.compile the environment step and the losses
     cuda_graphs: bool = False
-    """on a GPU: capture updates in a CUDA graph, without deterministic algorithms; not measured; ignored on a CPU"""
+    """on a GPU: updates and rollouts as CUDA graphs, without deterministic algorithms; not measured; CPUs ignore it"""
     runs_dir: str = "runs"  # folder that receives a folder per run
     resume: str | None = None  # run folder to continue; other flags are read from it
     evaluate: str | None = None  # run folder or policy file whose policies are evaluated again, without training
@@ -384,19 +384,26 @@ def update(nets: Nets, optimizers: dict, losses: dict, batch: Batch, env: Env, a
 # Rollout and replay of whole episodes, so that between two of them a checkpoint needs no environment state
 
 
+def draw_rollout(env: Env, std: float, generators: Generators) -> tuple:
+    """What is random in episodes: state and obs at their start, noise of actions [S, T, N, B, A], noise of each step of
+    the environments."""
+    start = env.reset(generators)
+    sampler = envs.gumbel if env.discrete else torch.randn
+    N, A = env.action_mask.shape
+    noise = envs.per_seed(sampler, (env.horizon, N, env.num_envs // len(generators), A), generators)
+    scale = 1.0 if env.discrete else std * (env.action_high - env.action_low) / 2
+    return start, scale * noise, [env.draw(generators) for _ in range(env.horizon)]
+
+
 @torch.no_grad()
-def rollout(step_env: Callable, env: Env, nets: Nets, std: float, generators: Generators, args: Args) -> Batch:
+def rollout(step_env: Callable, env: Env, nets: Nets, args: Args, draws: tuple) -> Batch:
     """Episodes with exploration on perturbed observations, of which the true ones are kept: obs [S, B, T + 1, N, O],
     actions [S, B, T, N, A], rewards [S, B, T, N], terminated [S, B, T, 1]. Of PettingZoo's environments terminated is
     each agent's, and `live` [S, B, T, N] is 0 where it had ended before: one episode follows another there."""
-    S = len(generators)
-    state, obs = env.reset(generators)
-    N, A = env.action_mask.shape
-    sampler = envs.gumbel if env.discrete else torch.randn
-    noise = envs.per_seed(sampler, (env.horizon, N, len(obs) // S, A), generators)
-    half_width = (env.action_high - env.action_low) / 2
+    (state, obs), noise, env_noise = draws
+    S = len(noise)
     steps = defaultdict(list, obs=[obs])
-    for t in range(env.horizon):
+    for t, step_noise in enumerate(env_noise):
         seen = envs.by_agent(obs, S)
         if args.perturb_rollout:
             seen = deceive(nets["adversary"], seen, args.epsilon, env)
@@ -404,11 +411,11 @@ def rollout(step_env: Callable, env: Env, nets: Nets, std: float, generators: Ge
         if env.discrete:
             action = squash(output + noise[:, t], env)  # a sample of the policy
         else:
-            explored = squash(output, env) + std * half_width * noise[:, t]
+            explored = squash(output, env) + noise[:, t]
             action = explored.clamp(env.action_low, env.action_high)
         action = action * env.action_mask[:, None]
         env_action = envs.for_env(action, env)
-        state, obs, reward, terminated, _, info = step_env(state, env_action, env.draw(generators))
+        state, obs, reward, terminated, _, info = step_env(state, env_action, step_noise)
         steps["obs"].append(obs)
         steps["actions"].append(action.transpose(1, 2).flatten(0, 1))
         steps["rewards"].append(reward)
@@ -548,8 +555,10 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
     steps_per_iteration = args.num_envs * env.horizon
     step_env, losses = compiled(env, args)
     learn = partial(update, nets, optimizers, losses, env=env, args=args)
+    play = partial(rollout, step_env, env, nets, args)
     if args.cuda_graphs:
-        learn = envs.graphed(learn, optimizers)
+        learn = envs.graphed(learn, env.device, optimizers)
+        play = play if args.is_zoo else envs.graphed(play, env.device)
     new_streams = partial(envs.make_generators, args.seed, S, device=env.device)
     streams = {purpose: new_streams(purpose) for purpose in ("rollout", "replay", "noise")}
     num_iterations = math.ceil(args.total_timesteps / steps_per_iteration)
@@ -563,12 +572,11 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             live = {"optimizers": optimizers, "streams": streams, "iteration": 0, "window": {}, "replay": {}}
             runs.restore(live, checkpoint)
         iteration = checkpoint["iteration"]
-        saved = {name: values.to(env.device) for name, values in checkpoint["replay"].items()}
+        saved = runs.moved(checkpoint["replay"], env.device)
         replay = make_replay(saved, slots * args.num_envs)
         for name, values in saved.items():
             replay[name][:, : values.shape[1]] = values
-        for name, values in checkpoint["window"].items():
-            window[name] = [value.to(env.device) for value in values]
+        window.update(runs.moved(checkpoint["window"], env.device))
 
     step = iteration * steps_per_iteration
     num_updates = max(0, step - args.learning_starts) // args.steps_per_update
@@ -581,7 +589,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             for name in ("actor", "critic"):
                 step_size = (1 - progress) * args.learning_rate + progress * args.learning_rate_end
                 optimizers[name].param_groups[0]["lr"] = step_size
-            episodes = rollout(step_env, env, nets, std, streams["rollout"], args)
+            episodes = play(draw_rollout(env, std, streams["rollout"]))
             returns = episodes["rewards"].sum(2)  # [S, B, N]
             window["charts/episodic_return"].append(envs.episodic_return(returns, env))
             replay = replay or make_replay(episodes, slots * args.num_envs)
@@ -594,8 +602,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             while (num_updates + 1) * args.steps_per_update <= step - args.learning_starts:
                 batch = sample(replay, filled, args, streams["replay"])
                 batch |= draw_noise(streams["noise"], env, args)
-                metrics = learn(batch)
-                for name, value in metrics.items():
+                for name, value in learn(batch).items():
                     window[name].append(value)
                 num_updates += 1
             bar.update(steps_per_iteration)
@@ -606,11 +613,11 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
                 trained = trained_policy(nets, test_env, args)
                 test_streams = new_streams("test")
                 returns = robustness.evaluate(test_env, trained, test_streams)
-                metrics["eval/episodic_return"] = returns[:, :, env.cooperators].flatten(1).mean(1)
+                metrics["eval/episodic_return"] = envs.team_mean(returns.mean(1), env)
                 obs = sample(replay, filled, args, test_streams)["obs"]
                 metrics |= diagnose(nets["adversary"], obs, env, args)
                 returns = robustness.evaluate(test_env, trained, new_streams("test"), "adversary", args.epsilon)
-                metrics["eval/attacked_return"] = returns[:, :, env.cooperators].flatten(1).mean(1)
+                metrics["eval/attacked_return"] = envs.team_mean(returns.mean(1), env)
                 speed = S * (step - first_step) / (time.perf_counter() - started)
                 metrics["charts/SPS"] = torch.full((S,), speed)
                 log(run, step, metrics)

@@ -209,7 +209,7 @@ def learn(victim: Victim, radius: float, args: Args) -> Callable:
     losses = {"critic": ernie_mappo.critic_loss, "actor": ernie_mappo.actor_loss}
     for k in tqdm(range(args.iterations), desc=f"radius {radius:g}", disable=None):
         optimizers["adam"].param_groups[0]["lr"] = args.learning_rate * (1 - k / args.iterations)
-        episodes = ernie_mappo.rollout(env.step, env, nets, streams["rollout"], ppo)
+        episodes = ernie_mappo.rollout(env.step, env, nets, ppo, ernie_mappo.draw_rollout(env, streams["rollout"]))
         samples = ernie_mappo.prepare(nets, episodes, env, ppo)
         for batch in ernie_mappo.minibatches(samples, streams["minibatches"], ppo):
             ernie_mappo.update(nets, optimizers, losses, batch, env, ppo)

@@ -31,7 +31,6 @@ on from its last checkpoint. A run that fails is reported at the end and left ou
 import ctypes
 import hashlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -230,11 +229,9 @@ TRAFFIC = partial(
     shown=("gaussian", "mad", "flip_one", "speed", "flow", "network"),
     percentiles=(("clean", "0.0"), ("speed", "30.0"), ("gaussian", "1.0"), ("flip_each", "0.05")),
 )
-SENSITIVITY = {"none": [{"regularizer": "none"}]}
-for epsilon in (0.03, 0.1, 0.3, 1.0):
-    SENSITIVITY[f"epsilon_{epsilon}"] = [{"epsilon": epsilon}]
-for steps in (1, 3, 5):
-    SENSITIVITY[f"attack_steps_{steps}"] = [{"attack_steps": steps}]
+SENSITIVITY = regularizers((), ())
+SENSITIVITY |= {f"epsilon_{epsilon}": [{"epsilon": epsilon}] for epsilon in (0.03, 0.1, 0.3, 1.0)}
+SENSITIVITY |= {f"attack_steps_{steps}": [{"attack_steps": steps}] for steps in (1, 5)}  # epsilon_0.1 has three
 
 
 def game_label(row: dict, run: str) -> str:
@@ -405,9 +402,8 @@ STUDIES = {
         script="ernie_qcombo.py",
         text="all values of epsilon and of K are better than the baseline on changed speeds (Figures 5c and 5d)",
         methods=SENSITIVITY,
-        flags=TRAFFIC_FLAGS | {"epsilon_units": "std", "eval_seconds": 1_000},  # of which the table in results/ is
-        seeds=(101, 103),
-        shown=("speed", "gaussian"),
+        seeds=(101, 105),
+        shown=("speed", "gaussian", "network"),
         claims=tuple((name, "none") for name in SENSITIVITY if name != "none"),
         percentiles=(),
     ),
@@ -1046,44 +1042,51 @@ def publish(name: str, rows: Rows, args: Args) -> None:
 
 
 def in_sumo(args: Args, methods=("none", "stackelberg")) -> None:
-    """Drive the trained lights of `qcombo` in SUMO, on all that changes the cars, and plot both rewards."""
-    study, rows = STUDIES["qcombo"], []
-    seeds = args.seeds or study.seeds
+    """Drive the trained lights of `qcombo` in SUMO, wherever the cars change, and plot both rewards."""
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    points = [("clean", 0.0), *((name, x) for name in ("speed", "flow") for x in robustness.LIGHTS[name])]
+    places = [(points, {})] + [([("network", name)], fields) for name, fields in robustness.NETWORKS.items()]
+    seeds = args.seeds or STUDIES["qcombo"].seeds
+    rewards = {}  # (method, perturbation, level, seed) -> in each simulator
     for method in methods:
-        copy = args.runs_dir / f"in_sumo_{method}"
-        copy.mkdir(exist_ok=True)
         pattern = f"*__qcombo_{method}-*__{seeds[0]}__*/policy.pt"
         trained = max(args.runs_dir.glob(pattern), key=os.path.getmtime, default=None)
         if trained is None:
             sys.exit(f"reproduce.py: error: no {pattern} in {args.runs_dir}: --study qcombo trains it")
-        shutil.copy(trained, copy)
-        command = [str(ROOT / study.script), f"--evaluate={copy}", "--eval-episodes=1", "--eval-seconds=1000"]
-        here = run(command, args.runs_dir, copy.name, "robustness.csv")
-        there = run([*command, "--backend=sumo"], args.runs_dir, copy.name, "robustness_sumo.csv")
-        for who in (method, *robustness.SIGNALS):
-            ours, theirs = (table_of(read(study, method, path), who, study.result.value) for path in (here, there))
-            for (_, *point), values in theirs.items():
-                pair = ours["", *point], values
-                row = {"method": who, "perturbation": point[0], "level": point[1]}
-                row |= {"torch": pair[0].mean(), "sumo": pair[1].mean()}
-                rows.append(row | {"torch_interval95": interval(pair[0]), "sumo_interval95": interval(pair[1])})
+        options, checkpoint = runs.saved(ernie_qcombo.Args, trained)
+        nets, _ = ernie_qcombo.make_nets(ernie_qcombo.make_env(options, 1, device), options)
+        runs.restore({"nets": {name: net.flat for name, net in nets.items()}}, checkpoint)
+        for backend in ("torch", "sumo"):
+            options = replace(options, evaluate=str(trained), backend=backend, eval_seconds=1000)
+            lights = ernie_qcombo.make_lights(nets, options, device, 1, np.inf)
+            fixed = replace(lights, make_policy=None, seeds=[lights.seeds[0]] * len(robustness.SIGNALS))
+            for tried, fields in places:
+                rows = robustness.drive_rows(lights, tried, {"method": method}, fields)
+                if method == methods[0]:
+                    for k, row in enumerate(robustness.drive_rows(fixed, tried, {}, fields)):
+                        rows.append(row | {"method": list(robustness.SIGNALS)[k // len(tried)]})
+                for row in rows:
+                    point = row["method"], row["perturbation"], str(row["strength"]), row["seed"]
+                    rewards.setdefault(point, {})[backend] = row["reward"]
+    names = "method", "perturbation", "level", "seed"
+    rows = [dict(zip(names, point)) | both for point, both in rewards.items()]
     runs.write_rows(args.results_dir / "traffic_in_sumo.csv", rows)
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     axis = figure.add_subplot()
     for name in dict.fromkeys(row["method"] for row in rows):
-        points = -np.array([[row["torch"], row["sumo"]] for row in rows if row["method"] == name])
-        axis.scatter(*points.T, s=16, label=name)
-    every = np.array([[row["torch"], row["sumo"]] for row in rows])
-    low, high = -every.max() * 0.8, -every.min() * 1.25
-    correlation = np.corrcoef(np.log(-every).T)[0, 1]
+        costs = -np.array([[row["torch"], row["sumo"]] for row in rows if row["method"] == name])
+        axis.scatter(*costs.T, s=10, alpha=0.6, label=name)
+    every = -np.array([[row["torch"], row["sumo"]] for row in rows])
+    low, high = every.min() * 0.8, every.max() * 1.25
+    correlation = np.corrcoef(np.log(every).T)[0, 1]
     axis.plot([low, high], [low, high], color="gray", linewidth=0.8)
     axis.set(xscale="log", yscale="log", xlabel="cost in the batched simulator", ylabel="cost in SUMO")
     ticks = [tick for tick in (20, 30, 50, 100, 200, 300, 500) if low < tick < high]
     axis.minorticks_off()
     axis.set(xticks=ticks, yticks=ticks, xticklabels=ticks, yticklabels=ticks)
-    axis.set_title(
-        f"minus the reward of all lights in a second; correlation of logarithms {correlation:.3f}", fontsize=9
-    )
+    title = f"minus the reward of all lights in a second, of each seed;\ncorrelation of logarithms {correlation:.3f}"
+    axis.set_title(title, fontsize=9)
     axis.legend(fontsize=8)
     figure.savefig(args.results_dir / "traffic_in_sumo.png", dpi=110)
 

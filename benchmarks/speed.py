@@ -351,15 +351,19 @@ def training(replay: dict, num_seeds: int, device: torch.device, **options) -> C
     losses = {"critic": script.critic_loss, "actor": script.actor_loss}
     streams = envs.make_generators(args.seed, num_seeds, "speed", device)
     num_episodes = args.buffer_size // env.horizon // args.num_envs * args.num_envs
+
+    def play() -> script.Batch:
+        return script.rollout(env.step, env, nets["actor"], script.draw_rollout(env, 0.3, streams))
+
     if not replay:  # shared by all variants; the first fills it
-        replay |= script.make_replay(script.rollout(env.step, env, nets["actor"], 0.3, streams), num_episodes)
+        replay |= script.make_replay(play(), num_episodes)
         for first in range(0, num_episodes, args.num_envs):
-            episodes = script.rollout(env.step, env, nets["actor"], 0.3, streams)
+            episodes = play()
             for name, values in episodes.items():
                 replay[name][:, first : first + args.num_envs] = values
 
     def turn() -> None:
-        episodes = script.rollout(env.step, env, nets["actor"], 0.3, streams)
+        episodes = play()
         for name, values in episodes.items():
             replay[name][:, : args.num_envs] = values
         for _ in range(args.num_envs * env.horizon // args.steps_per_update):
@@ -622,7 +626,7 @@ def mappo_loop(timing: Timing, regularizer: str, share_parameters: bool) -> Call
     nets["normalizer"].flat.copy_(envs.perturb.observation_moments(env.step, env, streams["rollout"]))
 
     def turn() -> None:
-        episodes = ernie_mappo.rollout(step, env, nets, streams["rollout"], args)
+        episodes = ernie_mappo.rollout(step, env, nets, args, ernie_mappo.draw_rollout(env, streams["rollout"]))
         samples = ernie_mappo.prepare(nets, episodes, env, args)
         for batch in ernie_mappo.minibatches(samples, streams["minibatches"], args):
             batch |= ernie_mappo.draw_noise(streams["noise"], env, args)
@@ -651,7 +655,7 @@ def crowds(N: int, device: str) -> dict[str, Callable[[], None]]:
         env = ernie_meanfield.make_env(args, args.num_envs, device)
         nets, optimizers = ernie_meanfield.make_nets(env, args)
         generators = envs.make_generators(args.seed, 1, "speed", device)
-        replay = ernie_meanfield.rollout(env.step, env, nets, 0.5, generators, args)
+        replay = ernie_meanfield.rollout(env.step, env, nets, args, ernie_meanfield.draw_rollout(env, 0.5, generators))
         _, losses = ernie_meanfield.compiled(env, args)
 
         def update(nets=nets, optimizers=optimizers, losses=losses, replay=replay, env=env, args=args) -> None:

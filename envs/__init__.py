@@ -350,23 +350,23 @@ def new_figure(width: float, height: float):
 # ---------------------------------------------------------------- speed
 
 
-def graphed(body: Callable, optimizers: dict[str, torch.optim.Optimizer]) -> Callable:
-    """`body`, from a dictionary of tensors to another, on a GPU with all its kernels in one launch. The first three
-    calls run it, which creates what is created once; the fourth captures it in a CUDA graph. From then on no line of it
-    runs: its kernels do, on the same memory with the same Python numbers. So what changes from call to call must be in
-    its argument, of the same shapes; step sizes of `optimizers`, fused Adams, may change as well. All calls are without
-    deterministic algorithms."""
-    device = next(iter(optimizers.values())).param_groups[0]["params"][0].device
-    return captured(body, optimizers, device) if device.type == "cuda" else body
+def graphed(body: Callable, device: torch.device, optimizers: dict[str, torch.optim.Optimizer] = {}) -> Callable:
+    """`body`, an update or a rollout, on a GPU with all its kernels in one launch. The first three calls run it, which
+    creates what is created once; the fourth captures it in a CUDA graph. From then on no line of it runs: its kernels
+    do, on the same memory with the same Python numbers. So what changes from call to call must be a tensor of its
+    arguments, of the same shape, in containers or dataclasses; step sizes of `optimizers`, fused Adams, may change as
+    well. All calls are without deterministic algorithms."""
+    return captured(body, device, optimizers) if device.type == "cuda" else body
 
 
-def captured(body: Callable, optimizers: dict[str, torch.optim.Optimizer], device: torch.device) -> Callable:
+def captured(body: Callable, device: torch.device, optimizers: dict[str, torch.optim.Optimizer] = {}) -> Callable:
     """What `graphed` returns on a GPU."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    inputs, outputs, step_sizes = {}, {}, []
+    inputs, outputs, step_sizes = (), None, []
     calls = 0
 
     def run(groups: list[dict]) -> None:
+        nonlocal outputs
         is_deterministic = torch.are_deterministic_algorithms_enabled()
         own_step_sizes = [group["lr"] for group in groups]
         for group, step_size in zip(groups, step_sizes):
@@ -374,20 +374,20 @@ def captured(body: Callable, optimizers: dict[str, torch.optim.Optimizer], devic
         # The deterministic scatter_add copies strides from the host (ATen, _scatter_via_index_put), which no capture
         # allows. The other is as good where each sum has one term, as in the gradient of a permutation.
         torch.use_deterministic_algorithms(False)
-        outputs.update(body(inputs))
+        outputs = body(*inputs)
         torch.use_deterministic_algorithms(is_deterministic)
         for group, step_size in zip(groups, own_step_sizes):
             group.update(lr=step_size, capturable=False)  # so that checkpoints are those of a run without graphs
 
-    def call(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        nonlocal calls
+    def call(*arguments):
+        nonlocal calls, inputs
         calls += 1
         groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
         if calls == 1:
-            inputs.update({name: value.clone() for name, value in batch.items()})
+            inputs = runs.map_tensors(torch.clone, arguments)
             step_sizes.extend(torch.zeros((), dtype=torch.float32, device=device) for _ in groups)
-        for name, value in inputs.items():
-            value.copy_(batch[name])
+        for value, new in zip(runs.tensors_in(inputs), runs.tensors_in(arguments)):
+            value.copy_(new)
         for group, step_size in zip(groups, step_sizes):
             step_size.fill_(group["lr"])
         if calls < 4:
@@ -400,7 +400,7 @@ def captured(body: Callable, optimizers: dict[str, torch.optim.Optimizer], devic
                 run(groups)  # is not carried out
         if calls >= 4:
             graph.replay()
-        return {name: value.clone() for name, value in outputs.items()}
+        return runs.map_tensors(torch.clone, outputs)
 
     return call
 

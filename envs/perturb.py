@@ -47,6 +47,13 @@ def steepest(slope: Tensor, size: float, norm: str) -> Tensor:
     return size * slope.sign() if norm == "linf" else rescale(slope, size, "l2")
 
 
+def mean_length(live: Tensor) -> Tensor:
+    """[..., 1] the mean l2 length of standard normal vectors with entries where `live` [..., O] is 1."""
+    half = live.sum(-1, keepdim=True) / 2
+    log_ratio = torch.lgamma(half + 0.5) - torch.lgamma(half)
+    return math.sqrt(2) * log_ratio.exp()
+
+
 def rescale(direction: Tensor, new_length: float, norm: str) -> Tensor:
     return direction * (new_length / length(direction, norm).clamp_min(1e-12))
 

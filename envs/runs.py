@@ -25,7 +25,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -379,6 +379,28 @@ def setup(args) -> torch.device:
 
 
 # ---------------------------------------------------------------- checkpoints
+
+
+def map_tensors(function: Callable, x):
+    """Containers and dataclasses, with `function` of each tensor in its place."""
+    if isinstance(x, Tensor):
+        return function(x)
+    if isinstance(x, dict):
+        return {name: map_tensors(function, value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return type(x)(map_tensors(function, value) for value in x)
+    return replace(x, **map_tensors(function, vars(x))) if is_dataclass(x) else x
+
+
+def tensors_in(x) -> list[Tensor]:
+    found = []
+    map_tensors(found.append, x)
+    return found
+
+
+def moved(x, device: torch.device):
+    """Tensors in containers and dataclasses, on that device."""
+    return map_tensors(lambda tensor: tensor.to(device), x)
 
 
 def pack(x):

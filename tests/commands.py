@@ -181,7 +181,7 @@ class Recorder(TorchDispatchMode):
 
 
 def is_obstacle(function, args, kwargs) -> bool:
-    """To a capture: numbers that the host reads, shapes that depend on them, random numbers, sums in any order."""
+    """To a capture: numbers that the host has or reads, shapes that depend on them, random ones, sums in any order."""
     name = function.overloadpacket.__name__.rstrip("_")
     if name == "index":  # which has the tag of its masks
         return any(x.dtype == torch.bool for x in tree_leaves(args[1]) if x is not None)
@@ -189,7 +189,7 @@ def is_obstacle(function, args, kwargs) -> bool:
     if tags & set(function.tags) or any(isinstance(x, torch.Generator) for x in tree_leaves((args, kwargs))):
         return True
     if name != "scatter_add" or args[0].is_meta:
-        return name in ("index_add", "index_put", "scatter_reduce")
+        return name in ("index_add", "index_put", "scatter_reduce", "lift_fresh")  # the last of host memory
     sums, axis, index, terms = args
     counts = torch.zeros_like(sums).scatter_add(axis, index, torch.ones_like(terms))
     return torch.are_deterministic_algorithms_enabled() or bool((counts > 1).any())  # see envs.graphed
@@ -238,26 +238,42 @@ def rotated(batch: dict, M: int, count: int) -> list[dict]:
     return batches
 
 
-def check_updates_in_a_cuda_graph(learners, batches, device, monkeypatch, resumed=False, least=100) -> None:
-    """Three updates that run, a capture and its replays equal updates without a graph, of two equal `learners`. On a
-    CPU the graph is a recording of more than `least` calls of ATen."""
+@contextlib.contextmanager
+def cuda_graphs(device, monkeypatch, least):
+    """Let graphs be captured inside, one of them; on a CPU they are recordings of more than `least` calls of ATen."""
     recorders = [] if device.type == "cuda" else record_cuda_graphs(monkeypatch)
+    yield
+    assert len(recorders) == (device.type == "cpu")
+    for recorder in recorders:
+        assert len(recorder.calls) > least and not recorder.obstacles
+
+
+def check_updates_in_a_cuda_graph(learners, batches, device, monkeypatch, resumed=False, least=100) -> None:
+    """Three updates that run, a capture and its replays equal updates without a graph, of two equal `learners`."""
     (plain, update), (graphed, update_graphed) = learners
-    assert (envs.graphed(update, plain["optimizers"]) is update) == (device.type == "cpu")
-    update_graphed = envs.captured(update_graphed, graphed["optimizers"], device)
-    if resumed:
-        update(batches[0])
-        for state in (graphed, plain):
-            runs.restore(state, runs.pack(plain))
-    metrics = []
-    for k, batch in enumerate(batches[1:]):
-        for optimizer in [*plain["optimizers"].values(), *graphed["optimizers"].values()]:
-            optimizer.param_groups[0]["lr"] = 2.0 ** -(k + 6)  # exact in single precision
-        metrics.append((update(batch), update_graphed(batch)))
+    with cuda_graphs(device, monkeypatch, least):
+        update_graphed = envs.captured(update_graphed, device, graphed["optimizers"])
+        if resumed:
+            update(batches[0])
+            for state in (graphed, plain):
+                runs.restore(state, runs.pack(plain))
+        metrics = []
+        for k, batch in enumerate(batches[1:]):
+            for optimizer in [*plain["optimizers"].values(), *graphed["optimizers"].values()]:
+                optimizer.param_groups[0]["lr"] = 2.0 ** -(k + 6)  # exact in single precision
+            metrics.append((update(batch), update_graphed(batch)))
     assert all(alike(*pair) for pair in metrics)
     assert alike(plain["nets"], graphed["nets"])
     for name, optimizer in plain["optimizers"].items():
         assert alike(optimizer.state_dict(), graphed["optimizers"][name].state_dict())
-    assert len(recorders) == (device.type == "cpu")
-    for recorder in recorders:
-        assert len(recorder.calls) > least and not recorder.obstacles
+
+
+def check_rollouts_in_a_cuda_graph(play, draws, device, monkeypatch, least=200) -> None:
+    """Three rollouts that run, a capture and its replays equal rollouts without a graph, with the same `draws`."""
+    assert (envs.graphed(play, device) is play) == (device.type == "cpu")
+    with cuda_graphs(device, monkeypatch, least):
+        play_graphed = envs.captured(play, device)
+        pairs = [(runs.tensors_in(play(*drawn)), runs.tensors_in(play_graphed(*drawn))) for drawn in draws]
+    assert all(alike(*pair) for pair in pairs)
+    first, second, *_ = (graphed for _, graphed in pairs)
+    assert not alike(first, second)

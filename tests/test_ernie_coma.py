@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from commands import (
     alike,
+    check_rollouts_in_a_cuda_graph,
     check_updates_in_a_cuda_graph,
     fourth_order,
     learner,
@@ -751,3 +752,20 @@ def test_updates_in_a_cuda_graph_are_those_without(options, monkeypatch):
         changed["exploration"] = torch.tensor(0.1 + 0.05 * k, device=DEVICE)
         changed["entropy_coef"] = torch.tensor(0.05 + 0.1 * k, device=DEVICE)
     check_updates_in_a_cuda_graph(learners, batches, DEVICE, monkeypatch)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(env_id="simple_reference_v3")])
+def test_rollouts_in_a_cuda_graph_are_those_without(options, monkeypatch):
+    args = Args(**(SMALL | dict(num_seeds=2, rollout_steps=5, num_envs=4) | options))
+    env = script.make_env(args, 8, DEVICE)
+    nets, _ = script.make_nets(env, args)
+    nets["normalizer"].flat[:, :, 1] = 2
+    streams = envs.make_generators(0, 2, "test", DEVICE)
+    play = partial(script.rollout, env.step, env, nets)
+    start = env.reset(streams)
+    draws = []
+    for k in range(7):
+        schedule = {"exploration": torch.tensor(0.1 * k, device=DEVICE), "policy_steps": torch.tensor(k)}
+        draws.append((start, script.draw_rollout(env, streams, args), schedule))
+        start, *_ = play(*draws[-1])
+    check_rollouts_in_a_cuda_graph(play, draws, DEVICE, monkeypatch)

@@ -6,7 +6,16 @@ from functools import partial
 
 import pytest
 import torch
-from commands import BACKEND, Recorder, alike, check_updates_in_a_cuda_graph, learner, on, without_speed
+from commands import (
+    BACKEND,
+    Recorder,
+    alike,
+    check_rollouts_in_a_cuda_graph,
+    check_updates_in_a_cuda_graph,
+    learner,
+    on,
+    without_speed,
+)
 from torch.utils._pytree import tree_leaves
 
 import envs
@@ -30,7 +39,7 @@ def world(double=False, num_envs=8, **options):
     cpu, env = (script.envs.make(device=device, **make) for device in ("cpu", DEVICE))
     nets, _ = script.make_nets(cpu, args)
     streams = script.envs.make_generators(3, args.num_seeds, "test", torch.device("cpu"))
-    replay = script.rollout(cpu.step, cpu, nets["actor"], 0.5, streams)
+    replay = script.rollout(cpu.step, cpu, nets["actor"], script.draw_rollout(cpu, 0.5, streams))
     batch = script.sample(replay, num_envs, args, streams) | script.draw_noise(streams, cpu, args)
     return args, env, on(DEVICE, nets), on(DEVICE, batch)
 
@@ -242,7 +251,8 @@ def test_next_observation_follows_the_observation():
     env = script.make_env(args, 8, DEVICE)
     streams = script.envs.make_generators(0, 1, "test", DEVICE)
     nets, _ = script.make_nets(env, args)
-    replay = script.make_replay(script.rollout(env.step, env, nets["actor"], 0.0, streams), 20)
+    episodes = script.rollout(env.step, env, nets["actor"], script.draw_rollout(env, 0.0, streams))
+    replay = script.make_replay(episodes, 20)
     marks = torch.arange(20 * (env.horizon + 1), device=DEVICE, dtype=torch.float32).view(1, 20, -1, 1, 1)
     replay["obs"] += marks
     replay["rewards"] += marks[:, :, :-1, :, 0]
@@ -429,10 +439,24 @@ def test_updates_in_a_cuda_graph_are_those_without(options, resumed, monkeypatch
     env = script.make_env(args, 8, DEVICE)
     nets, _ = script.make_nets(env, args)
     streams = envs.make_generators(3, 2, "test", DEVICE)
-    replay = script.rollout(env.step, env, nets["actor"], 0.5, streams)
+    replay = script.rollout(env.step, env, nets["actor"], script.draw_rollout(env, 0.5, streams))
     batches = [script.sample(replay, 4, args, streams) | script.draw_noise(streams, env, args) for _ in range(9)]
     learners = [learner(script, nets, env, args) for _ in range(2)]
     check_updates_in_a_cuda_graph(learners, batches, DEVICE, monkeypatch, resumed, least=300)
+
+
+@pytest.mark.parametrize("env_id", ["simple_spread_v3", "simple_world_comm_v3", "leader_follower_v0"])
+@pytest.mark.parametrize("continuous", [True, False])
+def test_rollouts_in_a_cuda_graph_are_those_without(env_id, continuous, monkeypatch):
+    options = dict(env_id=env_id, continuous_actions=continuous or env_id == "leader_follower_v0")
+    options |= dict(env_kwargs=("gust=1.0",), horizon=25) if env_id == "leader_follower_v0" else {}
+    args = Args(num_seeds=2, **(SMALL | options))
+    env = script.make_env(args, 8, DEVICE)
+    nets, _ = script.make_nets(env, args)
+    streams = envs.make_generators(3, 2, "test", DEVICE)
+    draws = [(script.draw_rollout(env, 0.1 * k, streams),) for k in range(7)]
+    play = partial(script.rollout, env.step, env, nets["actor"])
+    check_rollouts_in_a_cuda_graph(play, draws, DEVICE, monkeypatch)
 
 
 def test_metrics_keep_no_gradients():

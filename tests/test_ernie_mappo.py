@@ -14,6 +14,7 @@ from commands import (
     BACKEND,
     alike,
     call,
+    check_rollouts_in_a_cuda_graph,
     check_updates_in_a_cuda_graph,
     fourth_order,
     learner,
@@ -369,7 +370,8 @@ def test_opponents_of_tag_are_not_regularised(short):
     nets, _ = script.make_nets(env, args)
     nets["normalizer"].flat.fill_(1.0)
     streams = make_generators(0, 1, "test", DEVICE)
-    batch = script.prepare(nets, script.rollout(env.step, env, nets, streams, args), env, args)
+    episodes = script.rollout(env.step, env, nets, args, script.draw_rollout(env, streams))
+    batch = script.prepare(nets, episodes, env, args)
     gradients = []
     for other in (args, dataclasses.replace(args, regularizer="none")):
         loss, _ = script.actor_loss(nets, batch | script.draw_noise(streams, env, other), env, other)
@@ -650,7 +652,7 @@ def test_rollout_plays_the_policies_and_never_a_padded_action(short, discrete):
         sent.append(action)
         return env.step(state, action, noise)
 
-    episodes = script.rollout(step, env, nets, streams, args)
+    episodes = script.rollout(step, env, nets, args, script.draw_rollout(env, streams))
     played, mask = episodes["actions"], env.action_mask  # [S, N, B, T, A]
     assert mask.sum(1).tolist() == [3, 5] and episodes["obs"].shape[3] == 3
     assert not (played * ~mask[:, None, None]).any()
@@ -701,7 +703,7 @@ def test_an_end_within_an_episode_is_recorded(short):
         return env.step(dataclasses.replace(state, goal=torch.where(at_goal, goal, state.goal)), action, noise)
 
     calls = []
-    episodes = script.rollout(step, env, nets, streams, args)
+    episodes = script.rollout(step, env, nets, args, script.draw_rollout(env, streams))
     expected = torch.zeros(2, 1, 4, 2, device=DEVICE)
     expected[1, 0, 1, 1] = 1
     assert torch.equal(episodes["terminated"], expected)
@@ -1132,3 +1134,15 @@ def test_updates_in_a_cuda_graph_are_those_without(options, monkeypatch):
     batch = batch_of(nets, episodes, env, args) | noise
     learners = [learner(script, nets, env, args) for _ in range(2)]
     check_updates_in_a_cuda_graph(learners, rotated(batch, 6, 9), DEVICE, monkeypatch)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(env_id="simple_reference_v3", continuous_actions=False)])
+def test_rollouts_in_a_cuda_graph_are_those_without(options, monkeypatch):
+    args = Args(**(SMALL | dict(num_seeds=2, horizon=25) | options))
+    env = script.make_env(args, 8, DEVICE)
+    nets, _ = script.make_nets(env, args)
+    nets["normalizer"].flat[:, :, 1] = 2
+    streams = make_generators(3, 2, "test", DEVICE)
+    play = partial(script.rollout, env.step, env, nets, args)
+    draws = [(script.draw_rollout(env, streams),) for _ in range(7)]
+    check_rollouts_in_a_cuda_graph(play, draws, DEVICE, monkeypatch)

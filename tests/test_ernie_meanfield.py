@@ -12,6 +12,7 @@ import torch
 from commands import (
     alike,
     call,
+    check_rollouts_in_a_cuda_graph,
     check_updates_in_a_cuda_graph,
     fourth_order,
     learner,
@@ -57,7 +58,7 @@ def world(**options):
     for k, net in enumerate(nets.values()):
         net.flat.detach().mul_(1.5).add_(0.2 * random(*net.flat.shape, seed=k).cpu())
     streams = script.envs.make_generators(3, args.num_seeds, "test", torch.device("cpu"))
-    episodes = script.rollout(cpu.step, cpu, nets, 0.8, streams, args)
+    episodes = script.rollout(cpu.step, cpu, nets, args, script.draw_rollout(cpu, 0.8, streams))
     batch = script.sample(episodes, args.num_envs, args, streams) | script.draw_noise(streams, cpu, args)
     return args, env, on(DEVICE, nets), on(DEVICE, batch)
 
@@ -723,7 +724,8 @@ def test_losses_compile_to_the_same_gradients():
 
 def test_replay_has_what_the_environment_did():
     args, env, nets, *_ = world()
-    part = script.rollout(env.step, env, nets, 0.4, script.envs.make_generators(5, 2, "test", DEVICE), args)
+    streams = script.envs.make_generators(5, 2, "test", DEVICE)
+    part = script.rollout(env.step, env, nets, args, script.draw_rollout(env, 0.4, streams))
     replay = script.make_replay(env, 2, 3)
     assert {name: x.shape for name, x in part.items()} == {name: x.shape for name, x in replay.items()}
     state, obs = env.reset(script.envs.make_generators(5, 2, "test", DEVICE))
@@ -744,7 +746,8 @@ def test_replay_has_what_the_environment_did():
 
 def test_without_exploration_the_policy_acts():
     args, env, nets, *_ = world()
-    replay = script.rollout(env.step, env, nets, 0.0, script.envs.make_generators(5, 2, "test", DEVICE), args)
+    streams = script.envs.make_generators(5, 2, "test", DEVICE)
+    replay = script.rollout(env.step, env, nets, args, script.draw_rollout(env, 0.0, streams))
     body, marks = replay["body"][:, :, 7], replay["landmarks"].unsqueeze(2)
     own = script.perceive(body, script.crowd_of(body), marks, args)
     z = script.respond(nets, "actor", own, script.crowd_of(own), marks)
@@ -1004,3 +1007,11 @@ def test_updates_in_a_cuda_graph_are_those_without(options, monkeypatch):
     args, env, nets, batch = world(compile_transport=False, **options)
     learners = [learner(script, nets, env, args) for _ in range(2)]
     check_updates_in_a_cuda_graph(learners, rotated(batch, 7, 9), DEVICE, monkeypatch)
+
+
+def test_rollouts_in_a_cuda_graph_are_those_without(monkeypatch):
+    args, env, nets, _ = world()
+    streams = script.envs.make_generators(5, 2, "test", DEVICE)
+    play = partial(script.rollout, env.step, env, nets, args)
+    draws = [(script.draw_rollout(env, 0.1 * k, streams),) for k in range(7)]
+    check_rollouts_in_a_cuda_graph(play, draws, DEVICE, monkeypatch)

@@ -11,6 +11,7 @@ import torch
 from commands import (
     BACKEND,
     alike,
+    check_rollouts_in_a_cuda_graph,
     check_updates_in_a_cuda_graph,
     fourth_order,
     learner,
@@ -394,7 +395,7 @@ def test_rollout_is_random_switching_then_greedy_or_random_lights():
     state, obs = env.reset(streams)
     for t, random in ((0, 0.0), (20, 0.0), (40, 0.5)):
         choices = script.explore(t, random, env, streams, args)
-        state, episodes = script.rollout(env.step, env, nets, state, choices, streams)
+        state, episodes = script.rollout(env.step, env, nets, state, choices, [env.draw(streams) for _ in range(20)])
         assert torch.equal(episodes["obs"][:, :, 0].flatten(0, 1), obs)
         obs = env.observe(state)
         assert torch.equal(episodes["obs"][:, :, -1].flatten(0, 1), obs)
@@ -674,3 +675,20 @@ def test_updates_in_a_cuda_graph_are_those_without(options, monkeypatch):
     args, env, nets, batch = tiny(**options)
     learners = [learner(script, nets, env, args) for _ in range(2)]
     check_updates_in_a_cuda_graph(learners, rotated(batch, 6, 9), DEVICE, monkeypatch)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(model="krauss")])
+def test_rollouts_in_a_cuda_graph_are_those_without(options, monkeypatch):
+    args = Args(**(SMALL | dict(num_seeds=2) | options))
+    env = script.make_env(args, 2 * args.num_envs, DEVICE)
+    nets, _ = script.make_nets(env, args)
+    nets["normalizer"].flat[:, :, 1] = 10
+    streams = script.envs.make_generators(0, 2, "test", DEVICE)
+    play = partial(script.rollout, env.step, env, nets)
+    state, _ = env.reset(streams)
+    draws = []
+    for k in range(7):
+        choices = script.explore(10 * k, 0.5, env, streams, args)
+        draws.append((state, choices, [env.draw(streams) for _ in range(args.rollout_steps)]))
+        state, _ = play(*draws[-1])
+    check_rollouts_in_a_cuda_graph(play, draws, DEVICE, monkeypatch)

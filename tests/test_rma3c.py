@@ -10,6 +10,7 @@ import torch
 from commands import (
     ROOT,
     alike,
+    check_rollouts_in_a_cuda_graph,
     check_updates_in_a_cuda_graph,
     fourth_order,
     learner,
@@ -53,7 +54,7 @@ def world(double=False, num_envs=8, size=1.0, **options):
         for name in ("actor", "adversary", "actor_target", "adversary_target"):
             nets[name].flat.mul_(size)
     streams = script.envs.make_generators(3, args.num_seeds, "test", DEVICE)
-    replay = script.rollout(env.step, env, nets, 0.5, streams, args)
+    replay = script.rollout(env.step, env, nets, args, script.draw_rollout(env, 0.5, streams))
     batch = script.sample(replay, num_envs, args, streams) | script.draw_noise(streams, env, args)
     return args, env, nets, optimizers, batch
 
@@ -276,7 +277,8 @@ def test_rollout_acts_on_perturbed_observations_and_keeps_the_true_ones(perturbe
     options = dict(env_id="simple_tag_v3", continuous_actions=continuous, perturb_rollout=perturbed, epsilon=1.0)
     args, env, nets, *_ = world(size=5.0, num_envs=64, **options)
     make_generators = script.envs.make_generators
-    replay = script.rollout(env.step, env, nets, 0.0, make_generators(7, 1, "test", DEVICE), args)
+    draws = script.draw_rollout(env, 0.0, make_generators(7, 1, "test", DEVICE))
+    replay = script.rollout(env.step, env, nets, args, draws)
     state, true = env.reset(make_generators(7, 1, "test", DEVICE))
     for t in range(env.horizon):
         torch.testing.assert_close(replay["obs"][0, :, t], true)
@@ -431,3 +433,12 @@ def test_updates_in_a_cuda_graph_are_those_without(continuous, monkeypatch):
     args, env, nets, _, batch = world(continuous_actions=continuous, num_seeds=2)
     learners = [learner(script, nets, env, args) for _ in range(2)]
     check_updates_in_a_cuda_graph(learners, rotated(batch, 32, 9), DEVICE, monkeypatch)
+
+
+@pytest.mark.parametrize("perturbed", [True, False])
+def test_rollouts_in_a_cuda_graph_are_those_without(perturbed, monkeypatch):
+    args, env, nets, *_ = world(num_seeds=2, perturb_rollout=perturbed)
+    streams = script.envs.make_generators(5, 2, "test", DEVICE)
+    play = partial(script.rollout, env.step, env, nets, args)
+    draws = [(script.draw_rollout(env, 0.1 * k, streams),) for k in range(7)]
+    check_rollouts_in_a_cuda_graph(play, draws, DEVICE, monkeypatch)

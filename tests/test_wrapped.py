@@ -132,10 +132,10 @@ def fighters_batch(script, args):
     streams = envs.make_generators(1, 1, "test", "cpu")
     if script.__name__ == "ernie_mappo":
         nets["normalizer"].flat[:, :, 1] = 1
-        episodes = script.rollout(env.step, env, nets, streams, args)
+        episodes = script.rollout(env.step, env, nets, args, script.draw_rollout(env, streams))
         (batch,) = script.minibatches(script.prepare(nets, episodes, env, args), streams, args)
     else:
-        episodes = script.rollout(env.step, env, nets["actor"], 0.3, streams)
+        episodes = script.rollout(env.step, env, nets["actor"], script.draw_rollout(env, 0.3, streams))
         batch = script.sample(episodes, args.num_envs, args, streams)
     return env, nets, batch | script.draw_noise(streams, env, args)
 
@@ -166,7 +166,7 @@ def test_advantages_and_moments_are_of_the_living(script):
     nets, _ = script.make_nets(env, args)
     nets["normalizer"].flat[:, :, 1] = 1
     streams = envs.make_generators(1, 1, "test", "cpu")
-    episodes = script.rollout(env.step, env, nets, streams, args)
+    episodes = script.rollout(env.step, env, nets, args, script.draw_rollout(env, streams))
     samples = script.prepare(nets, episodes, env, args)
     live, advantages = samples["live"].bool(), samples["advantages"]
     for i in range(3):
