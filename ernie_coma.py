@@ -62,7 +62,8 @@ class Experiment:
     """torch.compile the environment step (traffic: a minute, then 9x as fast) and, on a GPU, the losses; default: the
     step of traffic, where there is a C++ compiler"""
     cuda_graphs: bool = False
-    """on a GPU: updates and rollouts as CUDA graphs, without deterministic algorithms; not measured; CPUs ignore it"""
+    """on a GPU: updates and rollouts (but PettingZoo's) as CUDA graphs, without deterministic algorithms; not measured;
+    ignored on a CPU"""
     runs_dir: str = "runs"  # folder that receives a folder per run
     resume: str | None = None  # run folder to continue; other flags are read from it
     evaluate: str | None = None  # run folder or policy file whose policies are evaluated again, without training
@@ -108,7 +109,7 @@ class COMA:
     PettingZoo's environments the whole episode, which a checkpoint cannot cut"""
     critic_updates: PositiveInt = 4  # gradient steps of the critic on each rollout; the policy takes one
     learning_rate: PositiveFloat = 3e-4  # Adam step size of the policies (paper's code: 5e-5)
-    critic_learning_rate: PositiveFloat = 3e-4  # Adam step size of the critic (paper's code: 5e-4)
+    critic_learning_rate: PositiveFloat = 1e-3  # Adam step size of the critic (paper's code: 5e-4)
     anneal_lr: bool = True  # let both step sizes fall linearly to 0
     gamma: Share = 0.995  # discount factor of a step (paper's code: 0.95)
     td_lambda: Share = 0.8  # lambda of the critic's TD(lambda) targets
@@ -119,8 +120,8 @@ class COMA:
     """epsilon of the policy (1 - epsilon) softmax + epsilon / A at the start (COMA's paper: 0.5; ERNIE's code: 0.05)"""
     exploration_end: Share = 0.0  # the same at the end, linear in between (COMA's paper: 0.02)
     idle_logit: Annotated[float, Field(ge=-20, le=20)] | None = None
-    """head start of action 0 in the untrained policies; default: 2 in traffic, where it keeps the lights for some ten
-    seconds, as long as it takes to see what that is good for, else 0"""
+    """head start of action 0 in the untrained policies; default: 3 in traffic, where it keeps the lights for some
+    twenty seconds: lights that switch more often jam the streets before they have learnt anything; else 0"""
     entropy_coef: NonNegativeFloat = 0.01  # weight of the policies' entropy at the start
     entropy_coef_end: NonNegativeFloat = 0.0  # the same at the end, linear in between
     normalize_advantage: bool = True  # divide the advantages of a rollout and seed by their standard deviation
@@ -153,7 +154,7 @@ class Args(ERNIE, COMA, Experiment):
         if self.epsilon is None:
             self.epsilon = 1.0 if self.is_traffic else 0.1
         if self.idle_logit is None:
-            self.idle_logit = 2.0 if self.is_traffic else 0.0
+            self.idle_logit = 3.0 if self.is_traffic else 0.0
         if self.eval_episodes is None:
             few = 4 if self.is_traffic else 10
             self.eval_episodes = few if self.is_traffic or self.is_zoo else 1000
@@ -654,7 +655,7 @@ def assess(nets: Nets, batch: Batch, env: Env, args: Args) -> Batch:
     else:
         test_env = envs.for_tests(env, args.num_seeds * min(100, args.eval_episodes or 10))
         returns = robustness.evaluate(test_env, trained_policy(nets, test_env, args), streams)
-        outcomes = {"reward": returns[:, :, env.cooperators]}
+        outcomes = {"reward": envs.team_mean(returns, env)}
     metrics = {f"eval/{name}": values.flatten(1).mean(1) for name, values in outcomes.items()}
     if args.regularized:
         noise = draw_noise(streams, env, args)["perturbation"]
@@ -714,7 +715,8 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
     play = partial(rollout, step_env, env, nets)
     if args.cuda_graphs:
         learn = envs.graphed(learn, env.device, optimizers)
-        play = play if args.is_zoo else envs.graphed(play, env.device)
+        if not args.is_zoo:
+            play = envs.graphed(play, env.device)
     reset = partial(env.reset, step=step_env) if args.is_traffic else env.reset
     skipped = args.num_envs * args.warmup if args.is_traffic else 0  # steps before the first rollout of an episode
     new_streams = partial(envs.make_generators, args.seed, S, device=env.device)

@@ -58,7 +58,8 @@ class Experiment:
     num_threads: Threads = 1  # CPU threads; with more set OMP_WAIT_POLICY=PASSIVE, or one busy core stalls all
     compile: bool = False  # torch.compile the environment step and, on a GPU, the losses
     cuda_graphs: bool = False
-    """on a GPU: updates and rollouts as CUDA graphs, without deterministic algorithms; not measured; CPUs ignore it"""
+    """on a GPU: updates and rollouts (but PettingZoo's) as CUDA graphs, without deterministic algorithms; not measured;
+    ignored on a CPU"""
     runs_dir: str = "runs"  # folder that receives a folder per run
     resume: str | None = None  # run folder to continue; other flags are read from it
     evaluate: str | None = None  # run folder or policy file whose policies are evaluated again, without training
@@ -545,8 +546,8 @@ def update(nets: Nets, optimizers: dict, losses: dict, batch: Batch, env: Env, a
 
 
 def draw_rollout(env: Env, generators: Generators) -> tuple:
-    """What is random in episodes: state and obs at their start, noise of actions [S, T, N, B, A], noise of each step of
-    the environments."""
+    """What is random in episodes: state and obs at their start, which of PettingZoo's environments is a reset; noise of
+    actions [S, T, N, B, A], Gumbel or standard normal; noise of each step of the environments."""
     sampler = envs.gumbel if env.discrete else torch.randn
     N, A = env.action_mask.shape
     noise = envs.per_seed(sampler, (env.horizon, N, env.num_envs // len(generators), A), generators)
@@ -649,7 +650,7 @@ def assess(nets: Nets, samples: Batch, env: Env, test_env: Env, args: Args) -> B
     streams = envs.make_generators(args.seed, args.num_seeds, "test", env.device)
     returns = robustness.evaluate(test_env, trained_policy(nets, test_env, args), streams).mean(1)  # [S, N]
     metrics = {f"eval/{name}": values for name, values in zip(env.agents, returns.unbind(1))}
-    metrics["eval/episodic_return"] = returns[:, env.cooperators].mean(1)
+    metrics["eval/episodic_return"] = envs.team_mean(returns, env)
     obs = samples["obs"][:, :, : args.reg_batch_size]
     live = samples.get("live")
     with torch.no_grad():
@@ -712,7 +713,8 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
     play = partial(rollout, step_env, env, nets, args)
     if args.cuda_graphs:
         learn = envs.graphed(learn, env.device, optimizers)
-        play = play if args.is_zoo else envs.graphed(play, env.device)
+        if not args.is_zoo:
+            play = envs.graphed(play, env.device)
     test_env = envs.for_tests(env, S * min(100, args.eval_episodes or 10))
     new_streams = partial(envs.make_generators, args.seed, S, device=env.device)
     streams = {purpose: new_streams(purpose) for purpose in ("rollout", "minibatches", "noise")}

@@ -638,8 +638,8 @@ def views(obs: Tensor, num_agents: int) -> tuple[Tensor, Tensor]:
 
 
 def draw_rollout(env: Env, std: float, generators: Generators) -> tuple:
-    """What is random in episodes: state and obs at their start, noise of actions [S, T, B, N, A], noise of each step of
-    the environments."""
+    """What is random in episodes: state and obs at their start; noise of actions [S, T, B, N, A], in their unit; noise
+    of each step of the environments."""
     start = env.reset(generators)
     shape = (env.horizon, env.num_envs // len(generators), *env.action_mask.shape)
     scale = std * (env.action_high - env.action_low) / 2

@@ -502,25 +502,27 @@ def update(nets: Nets, optimizers: dict, loss: Callable, batch: Batch, args: Arg
 # Rollout of a few seconds of long episodes, whose state goes on in the next one, and replay
 
 
-def explore(t: int, exploration: float, env: Env, generators: Generators, args: Args) -> tuple[Tensor, Tensor]:
-    """For the T seconds from t on, which lights [S, T, B, N] do not act greedily, and what they do instead. During the
-    warm-up each switches every tenth second with probability 1/2, as in the paper's code."""
+def draw_rollout(t: int, exploration: float, env: Env, generators: Generators, args: Args) -> tuple:
+    """What is random in the T seconds from t on: which lights [S, T, B, N] do not act greedily, what they do instead,
+    and noise of each second of the environments. During the warm-up each light switches every tenth second with
+    probability 1/2, as in the paper's code."""
     T = args.rollout_steps
     which, what = envs.per_seed(torch.rand, (T, 2, args.num_envs, env.num_agents), generators).unbind(2)
-    action = what < 0.5
-    if t >= args.warmup:
-        return which < exploration, action.long()
-    second = torch.arange(t, t + T, device=env.device).view(T, 1, 1)
-    return torch.ones_like(action), (action & (second % 10 == 0)).long()
+    env_noise = [env.draw(generators) for _ in range(T)]
+    is_random, action = which < exploration, what < 0.5
+    if t < args.warmup:
+        second = torch.arange(t, t + T, device=env.device).view(T, 1, 1)
+        is_random, action = torch.ones_like(is_random), action & (second % 10 == 0)
+    return is_random, action.long(), env_noise
 
 
 @torch.no_grad()
 def rollout(
-    step_env: Callable, env: Env, nets: Nets, state: traffic.State, choices: tuple, env_noise: list
+    step_env: Callable, env: Env, nets: Nets, state: traffic.State, draws: tuple
 ) -> tuple[traffic.State, Batch]:
-    """The next T seconds of every environment, lights greedy but for the `choices` of `explore`. Returns the new state,
+    """The next T seconds of every environment, lights greedy where `draws` are not. Returns the new state,
     what make_replay has room for, and [S, B, T] each of traffic.outcome."""
-    is_random, random_action = choices
+    is_random, random_action, env_noise = draws
     S = len(is_random)
     obs = env.observe(state)
     steps = defaultdict(list, obs=[obs])
@@ -708,9 +710,8 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             t = iteration * T % args.horizon
             if t == 0:
                 state, _ = env.reset(streams["rollout"])
-            choices = explore(t, exploration, env, streams["rollout"], args)
-            env_noise = [env.draw(streams["rollout"]) for _ in range(T)]
-            state, episodes = play(state, choices, env_noise)
+            draws = draw_rollout(t, exploration, env, streams["rollout"], args)
+            state, episodes = play(state, draws)
             slot = iteration % slots * args.num_envs
             for name, values in episodes.items():
                 if name in replay:

@@ -59,7 +59,8 @@ class Experiment:
     num_threads: Threads = 1  # CPU threads; with more set OMP_WAIT_POLICY=PASSIVE, or one busy core stalls all
     compile: bool = False  # torch.compile the environment step and the losses
     cuda_graphs: bool = False
-    """on a GPU: updates and rollouts as CUDA graphs, without deterministic algorithms; not measured; CPUs ignore it"""
+    """on a GPU: updates and rollouts (but PettingZoo's) as CUDA graphs, without deterministic algorithms; not measured;
+    ignored on a CPU"""
     runs_dir: str = "runs"  # folder that receives a folder per run
     resume: str | None = None  # run folder to continue; other flags are read from it
     evaluate: str | None = None  # run folder or policy file whose policies are evaluated again, without training
@@ -385,8 +386,8 @@ def update(nets: Nets, optimizers: dict, losses: dict, batch: Batch, env: Env, a
 
 
 def draw_rollout(env: Env, std: float, generators: Generators) -> tuple:
-    """What is random in episodes: state and obs at their start, noise of actions [S, T, N, B, A], noise of each step of
-    the environments."""
+    """What is random in episodes: state and obs at their start, which of PettingZoo's environments is a reset; noise of
+    actions [S, T, N, B, A], in their unit; noise of each step of the environments."""
     start = env.reset(generators)
     sampler = envs.gumbel if env.discrete else torch.randn
     N, A = env.action_mask.shape
@@ -558,7 +559,8 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
     play = partial(rollout, step_env, env, nets, args)
     if args.cuda_graphs:
         learn = envs.graphed(learn, env.device, optimizers)
-        play = play if args.is_zoo else envs.graphed(play, env.device)
+        if not args.is_zoo:
+            play = envs.graphed(play, env.device)
     new_streams = partial(envs.make_generators, args.seed, S, device=env.device)
     streams = {purpose: new_streams(purpose) for purpose in ("rollout", "replay", "noise")}
     num_iterations = math.ceil(args.total_timesteps / steps_per_iteration)

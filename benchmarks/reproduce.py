@@ -229,7 +229,7 @@ TRAFFIC = partial(
     shown=("gaussian", "mad", "flip_one", "speed", "flow", "network"),
     percentiles=(("clean", "0.0"), ("speed", "30.0"), ("gaussian", "1.0"), ("flip_each", "0.05")),
 )
-SENSITIVITY = regularizers((), ())
+SENSITIVITY = {"none": [{"regularizer": "none"}]}
 SENSITIVITY |= {f"epsilon_{epsilon}": [{"epsilon": epsilon}] for epsilon in (0.03, 0.1, 0.3, 1.0)}
 SENSITIVITY |= {f"attack_steps_{steps}": [{"attack_steps": steps}] for steps in (1, 5)}  # epsilon_0.1 has three
 
@@ -410,9 +410,9 @@ STUDIES = {
     "coma": TRAFFIC(
         script="ernie_coma.py",
         text="ERNIE and ERNIE without unrolling are better than COMA in all changed environments",
-        methods=LIGHTS_METHODS,
+        methods=regularizers(("stackelberg", "adversarial", "gaussian"), [{}]),
         claims=(*LIGHTS_CLAIMS, ("gaussian", "none")),
-        seeds=(101, 105),
+        seeds=(121, 130),
         alone=("network",),
     ),
     "bimatrix_3": GAMES(
@@ -1041,12 +1041,22 @@ def publish(name: str, rows: Rows, args: Args) -> None:
 # Beyond the papers: traffic lights
 
 
+def drive_everywhere(lights: robustness.Lights, methods: Sequence[str]) -> Rows:
+    """A row per change of the cars and run; `methods` names those of each run."""
+    changes = [("clean", 0.0), *((name, x) for name in ("speed", "flow") for x in robustness.LIGHTS[name])]
+    places = [(changes, {})] + [([("network", name)], fields) for name, fields in robustness.NETWORKS.items()]
+    rows = []
+    for points, fields in places:
+        for k, row in enumerate(robustness.drive_rows(lights, points, {}, fields)):  # of one run after the other
+            rows.append(row | {"method": methods[k // len(points)]})
+    return rows
+
+
 def in_sumo(args: Args, methods=("none", "stackelberg")) -> None:
-    """Drive the trained lights of `qcombo` in SUMO, wherever the cars change, and plot both rewards."""
+    """Drive the trained lights of `qcombo`, and the fixed cycles, in SUMO and in the batched simulator wherever the
+    cars change, and plot both rewards."""
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    points = [("clean", 0.0), *((name, x) for name in ("speed", "flow") for x in robustness.LIGHTS[name])]
-    places = [(points, {})] + [([("network", name)], fields) for name, fields in robustness.NETWORKS.items()]
     seeds = args.seeds or STUDIES["qcombo"].seeds
     rewards = {}  # (method, perturbation, level, seed) -> in each simulator
     for method in methods:
@@ -1058,20 +1068,24 @@ def in_sumo(args: Args, methods=("none", "stackelberg")) -> None:
         nets, _ = ernie_qcombo.make_nets(ernie_qcombo.make_env(options, 1, device), options)
         runs.restore({"nets": {name: net.flat for name, net in nets.items()}}, checkpoint)
         for backend in ("torch", "sumo"):
-            options = replace(options, evaluate=str(trained), backend=backend, eval_seconds=1000)
-            lights = ernie_qcombo.make_lights(nets, options, device, 1, np.inf)
-            fixed = replace(lights, make_policy=None, seeds=[lights.seeds[0]] * len(robustness.SIGNALS))
-            for tried, fields in places:
-                rows = robustness.drive_rows(lights, tried, {"method": method}, fields)
-                if method == methods[0]:
-                    for k, row in enumerate(robustness.drive_rows(fixed, tried, {}, fields)):
-                        rows.append(row | {"method": list(robustness.SIGNALS)[k // len(tried)]})
-                for row in rows:
-                    point = row["method"], row["perturbation"], str(row["strength"]), row["seed"]
-                    rewards.setdefault(point, {})[backend] = row["reward"]
+            chosen = replace(options, evaluate=str(trained), backend=backend, eval_seconds=1000)
+            lights = ernie_qcombo.make_lights(nets, chosen, device, 1, np.inf)
+            rows = drive_everywhere(lights, [method] * len(lights.seeds))
+            if method == methods[0]:
+                cycles = list(robustness.SIGNALS)
+                fixed = replace(lights, make_policy=None, seeds=[seeds[0]] * len(cycles))
+                rows += drive_everywhere(fixed, cycles)
+            for row in rows:
+                point = row["method"], row["perturbation"], str(row["strength"]), row["seed"]
+                rewards.setdefault(point, {})[backend] = row["reward"]
     names = "method", "perturbation", "level", "seed"
     rows = [dict(zip(names, point)) | both for point, both in rewards.items()]
     runs.write_rows(args.results_dir / "traffic_in_sumo.csv", rows)
+    draw_in_sumo(rows).savefig(args.results_dir / "traffic_in_sumo.png", dpi=110)
+
+
+def draw_in_sumo(rows: Rows) -> Figure:
+    """Minus the reward in SUMO against that in the batched simulator, a point per method, change and seed."""
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     axis = figure.add_subplot()
     for name in dict.fromkeys(row["method"] for row in rows):
@@ -1082,13 +1096,13 @@ def in_sumo(args: Args, methods=("none", "stackelberg")) -> None:
     correlation = np.corrcoef(np.log(every).T)[0, 1]
     axis.plot([low, high], [low, high], color="gray", linewidth=0.8)
     axis.set(xscale="log", yscale="log", xlabel="cost in the batched simulator", ylabel="cost in SUMO")
-    ticks = [tick for tick in (20, 30, 50, 100, 200, 300, 500) if low < tick < high]
+    ticks = [tick for tick in (20, 30, 50, 100, 200, 300, 500, 1000) if low < tick < high]
     axis.minorticks_off()
     axis.set(xticks=ticks, yticks=ticks, xticklabels=ticks, yticklabels=ticks)
     title = f"minus the reward of all lights in a second, of each seed;\ncorrelation of logarithms {correlation:.3f}"
     axis.set_title(title, fontsize=9)
     axis.legend(fontsize=8)
-    figure.savefig(args.results_dir / "traffic_in_sumo.png", dpi=110)
+    return figure
 
 
 CONTROLLERS = {

@@ -354,8 +354,9 @@ def graphed(body: Callable, device: torch.device, optimizers: dict[str, torch.op
     """`body`, an update or a rollout, on a GPU with all its kernels in one launch. The first three calls run it, which
     creates what is created once; the fourth captures it in a CUDA graph. From then on no line of it runs: its kernels
     do, on the same memory with the same Python numbers. So what changes from call to call must be a tensor of its
-    arguments, of the same shape, in containers or dataclasses; step sizes of `optimizers`, fused Adams, may change as
-    well. All calls are without deterministic algorithms."""
+    arguments, of the same shape and on the device, in containers or dataclasses (one on the host may be passed on, not
+    used); step sizes of `optimizers`, fused Adams, may change as well. All calls are without deterministic algorithms.
+    """
     return captured(body, device, optimizers) if device.type == "cuda" else body
 
 
@@ -386,7 +387,9 @@ def captured(body: Callable, device: torch.device, optimizers: dict[str, torch.o
         if calls == 1:
             inputs = runs.map_tensors(torch.clone, arguments)
             step_sizes.extend(torch.zeros((), dtype=torch.float32, device=device) for _ in groups)
-        for value, new in zip(runs.tensors_in(inputs), runs.tensors_in(arguments)):
+        for value, new in zip(runs.tensors_in(inputs), runs.tensors_in(arguments), strict=True):
+            if value.shape != new.shape:  # which copy_ may let pass
+                raise ValueError(f"a CUDA graph of {tuple(value.shape)} cannot take {tuple(new.shape)}")
             value.copy_(new)
         for group, step_size in zip(groups, step_sizes):
             step_size.fill_(group["lr"])

@@ -393,9 +393,14 @@ def map_tensors(function: Callable, x):
 
 
 def tensors_in(x) -> list[Tensor]:
-    found = []
-    map_tensors(found.append, x)
-    return found
+    """Those in containers and dataclasses, in the order of their names."""
+    if isinstance(x, Tensor):
+        return [x]
+    if is_dataclass(x):
+        x = vars(x)
+    if isinstance(x, dict):
+        x = [x[name] for name in sorted(x)]
+    return [tensor for part in x for tensor in tensors_in(part)] if isinstance(x, list | tuple) else []
 
 
 def moved(x, device: torch.device):

@@ -768,4 +768,4 @@ def test_rollouts_in_a_cuda_graph_are_those_without(options, monkeypatch):
         schedule = {"exploration": torch.tensor(0.1 * k, device=DEVICE), "policy_steps": torch.tensor(k)}
         draws.append((start, script.draw_rollout(env, streams, args), schedule))
         start, *_ = play(*draws[-1])
-    check_rollouts_in_a_cuda_graph(play, draws, DEVICE, monkeypatch)
+    check_rollouts_in_a_cuda_graph(play, nets, draws, DEVICE, monkeypatch)

@@ -1145,4 +1145,4 @@ def test_rollouts_in_a_cuda_graph_are_those_without(options, monkeypatch):
     streams = make_generators(3, 2, "test", DEVICE)
     play = partial(script.rollout, env.step, env, nets, args)
     draws = [(script.draw_rollout(env, streams),) for _ in range(7)]
-    check_rollouts_in_a_cuda_graph(play, draws, DEVICE, monkeypatch)
+    check_rollouts_in_a_cuda_graph(play, nets, draws, DEVICE, monkeypatch)

@@ -394,8 +394,8 @@ def test_rollout_is_random_switching_then_greedy_or_random_lights():
     nets["normalizer"].flat[:, :, 1] = 10
     state, obs = env.reset(streams)
     for t, random in ((0, 0.0), (20, 0.0), (40, 0.5)):
-        choices = script.explore(t, random, env, streams, args)
-        state, episodes = script.rollout(env.step, env, nets, state, choices, [env.draw(streams) for _ in range(20)])
+        draws = script.draw_rollout(t, random, env, streams, args)
+        state, episodes = script.rollout(env.step, env, nets, state, draws)
         assert torch.equal(episodes["obs"][:, :, 0].flatten(0, 1), obs)
         obs = env.observe(state)
         assert torch.equal(episodes["obs"][:, :, -1].flatten(0, 1), obs)
@@ -677,9 +677,9 @@ def test_updates_in_a_cuda_graph_are_those_without(options, monkeypatch):
     check_updates_in_a_cuda_graph(learners, rotated(batch, 6, 9), DEVICE, monkeypatch)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(model="krauss")])
-def test_rollouts_in_a_cuda_graph_are_those_without(options, monkeypatch):
-    args = Args(**(SMALL | dict(num_seeds=2) | options))
+@pytest.mark.parametrize("model", ["idm", "krauss"])
+def test_rollouts_in_a_cuda_graph_are_those_without(model, monkeypatch):
+    args = Args(**(SMALL | dict(num_seeds=2, model=model)))
     env = script.make_env(args, 2 * args.num_envs, DEVICE)
     nets, _ = script.make_nets(env, args)
     nets["normalizer"].flat[:, :, 1] = 10
@@ -688,7 +688,6 @@ def test_rollouts_in_a_cuda_graph_are_those_without(options, monkeypatch):
     state, _ = env.reset(streams)
     draws = []
     for k in range(7):
-        choices = script.explore(10 * k, 0.5, env, streams, args)
-        draws.append((state, choices, [env.draw(streams) for _ in range(args.rollout_steps)]))
+        draws.append((state, script.draw_rollout(10 * k, 0.5, env, streams, args)))
         state, _ = play(*draws[-1])
-    check_rollouts_in_a_cuda_graph(play, draws, DEVICE, monkeypatch)
+    check_rollouts_in_a_cuda_graph(play, nets, draws, DEVICE, monkeypatch)

@@ -441,4 +441,4 @@ def test_rollouts_in_a_cuda_graph_are_those_without(perturbed, monkeypatch):
     streams = script.envs.make_generators(5, 2, "test", DEVICE)
     play = partial(script.rollout, env.step, env, nets, args)
     draws = [(script.draw_rollout(env, 0.1 * k, streams),) for k in range(7)]
-    check_rollouts_in_a_cuda_graph(play, draws, DEVICE, monkeypatch)
+    check_rollouts_in_a_cuda_graph(play, nets, draws, DEVICE, monkeypatch)

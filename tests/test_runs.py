@@ -262,6 +262,18 @@ def test_killed_or_stopped_and_resumed_equals_uninterrupted(script, finished, tm
     assert same_end(folder, finished(script)[0]) and not list(folder.glob("*.tmp"))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU ignores it")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_run_with_cuda_graphs(script, compiled, tmp_path, monkeypatch):
+    """Of more than four rollouts, the last ones and their updates replayed."""
+    if script.__name__.startswith("ermas"):
+        pytest.skip("has no such flag")
+    flags = [flag for flag in flags_of(script) if flag not in ("--no-cuda", "--no-compile")]
+    flags += ["--cuda-graphs", "--compile" if compiled else "--no-compile", OFFLINE, f"--runs-dir={tmp_path}"]
+    assert call(script, monkeypatch, *flags) == 0
+    assert runs.read_rows(only(tmp_path) / "metrics.csv")
+
+
 @pytest.fixture(scope="module")
 def number_of_updates(tmp_path_factory):
     """Of a small run; counted in one that is not stopped."""
