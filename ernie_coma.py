@@ -98,7 +98,7 @@ class COMA:
     flow: tuple[Flow, ...] = ()
     """cars per hour: train or a flow of the paper's table 1, one number, or one per entry; default: the task's own"""
     model: Literal["idm", "krauss"] = "idm"  # car-following model (paper's code: idm)
-    total_timesteps: PositiveInt = 960_000  # environment steps (seconds) of one seed (paper: 15,000)
+    total_timesteps: PositiveInt = 480_000  # environment steps (seconds) of one seed (paper: 15,000)
     num_envs: PositiveInt = 32  # B, environments of one seed that step together (paper: 1)
     horizon: PositiveInt | None = None
     """steps of an episode; default: 2,000 s of traffic (paper: 3,000), else the task's own"""

@@ -35,7 +35,8 @@ CHOICE = f"{PPO} --no-continuous-actions --entropy-coef 0.01"
 FORAGING = "--env-id zoo:zoo_lbforaging --reward-scale 1 --gamma 0.99 --entropy-coef 0.01 --reg-coef 0.01"
 RUNS = {
     "foraging": f"ernie_mappo.py {FORAGING} --no-continuous-actions --num-envs 32 --total-timesteps 200000",
-    "foraging_coma": f"ernie_coma.py {FORAGING} --num-envs 8 --learning-rate 2e-3 --total-timesteps 400000",
+    "foraging_coma": f"ernie_coma.py {FORAGING} --num-envs 8 --learning-rate 2e-3 --critic-learning-rate 3e-4"
+    " --total-timesteps 400000",
     "multiwalker": f"{PPO} --env-id zoo:pettingzoo.sisl.multiwalker_v9 --total-timesteps 120000",
     "cheetah": f"{PPO} --env-id zoo:zoo_mamujoco --no-share-parameters --num-minibatches 16 --total-timesteps 200000",
     "cheetah_maddpg": "ernie_maddpg.py --env-id zoo:zoo_mamujoco --num-envs 8 --gamma 0.99 --regularizer none "
