@@ -135,7 +135,7 @@ class ERNIE:
     regularizer: Literal["none", "gaussian", "random", "adversarial", "stackelberg"] = "stackelberg"
     """none: COMA; gaussian: appendix H; random: a direction of length epsilon; adversarial: Eq. 4; stackelberg: 6"""
     epsilon: NonNegativeFloat | None = None
-    """radius of the perturbation ball; default: 1 in traffic, where less hardly changes a policy, else 0.1"""
+    """radius of the perturbation ball; default: 1 in traffic, else 0.1"""
     epsilon_units: Literal["raw", "std"] = "raw"  # of the observation, or its standard deviation under random play
     norm: Literal["l2", "linf"] = "l2"  # norm of the ball
     attack_steps: NonNegativeInt = 3  # K, ascent steps; 0 is the baseline

@@ -502,7 +502,7 @@ def update(nets: Nets, optimizers: dict, loss: Callable, batch: Batch, args: Arg
 # Rollout of a few seconds of long episodes, whose state goes on in the next one, and replay
 
 
-def draw_rollout(t: int, exploration: float, env: Env, generators: Generators, args: Args) -> tuple:
+def draw_rollout(env: Env, t: int, exploration: float, generators: Generators, args: Args) -> tuple:
     """What is random in the T seconds from t on: which lights [S, T, B, N] do not act greedily, what they do instead,
     and noise of each second of the environments. During the warm-up each light switches every tenth second with
     probability 1/2, as in the paper's code."""
@@ -520,7 +520,7 @@ def draw_rollout(t: int, exploration: float, env: Env, generators: Generators, a
 def rollout(
     step_env: Callable, env: Env, nets: Nets, state: traffic.State, draws: tuple
 ) -> tuple[traffic.State, Batch]:
-    """The next T seconds of every environment, lights greedy where `draws` are not. Returns the new state,
+    """The next T seconds of every environment, lights greedy unless `draws` say otherwise. Returns the new state,
     what make_replay has room for, and [S, B, T] each of traffic.outcome."""
     is_random, random_action, env_noise = draws
     S = len(is_random)
@@ -710,7 +710,7 @@ def train(env: Env, nets: Nets, optimizers: dict, args: Args, run: runs.Run, che
             t = iteration * T % args.horizon
             if t == 0:
                 state, _ = env.reset(streams["rollout"])
-            draws = draw_rollout(t, exploration, env, streams["rollout"], args)
+            draws = draw_rollout(env, t, exploration, streams["rollout"], args)
             state, episodes = play(state, draws)
             slot = iteration % slots * args.num_envs
             for name, values in episodes.items():

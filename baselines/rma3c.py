@@ -386,7 +386,7 @@ def update(nets: Nets, optimizers: dict, losses: dict, batch: Batch, env: Env, a
 
 
 def draw_rollout(env: Env, std: float, generators: Generators) -> tuple:
-    """What is random in episodes: state and obs at their start, which of PettingZoo's environments is a reset; noise of
+    """What is random in episodes: state and obs at their start (PettingZoo's environments are reset); noise of
     actions [S, T, N, B, A], in their unit; noise of each step of the environments."""
     start = env.reset(generators)
     sampler = envs.gumbel if env.discrete else torch.randn

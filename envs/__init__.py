@@ -388,8 +388,8 @@ def captured(body: Callable, device: torch.device, optimizers: dict[str, torch.o
             inputs = runs.map_tensors(torch.clone, arguments)
             step_sizes.extend(torch.zeros((), dtype=torch.float32, device=device) for _ in groups)
         for value, new in zip(runs.tensors_in(inputs), runs.tensors_in(arguments), strict=True):
-            if value.shape != new.shape:  # which copy_ may let pass
-                raise ValueError(f"a CUDA graph of {tuple(value.shape)} cannot take {tuple(new.shape)}")
+            if (value.shape, value.dtype) != (new.shape, new.dtype):  # which copy_ may let pass
+                raise ValueError(f"a CUDA graph of {value.dtype} {[*value.shape]} got {new.dtype} {[*new.shape]}")
             value.copy_(new)
         for group, step_size in zip(groups, step_sizes):
             step_size.fill_(group["lr"])

@@ -278,6 +278,6 @@ def check_rollouts_in_a_cuda_graph(play, nets, draws, device, monkeypatch, least
         for drawn in draws:
             for net in nets.values():
                 net.flat.detach().mul_(1.1)
-            pairs.append([runs.tensors_in(found) for found in (play(*drawn), play_graphed(*drawn))])
+            pairs.append([runs.tensors_in(outputs) for outputs in (play(*drawn), play_graphed(*drawn))])
     assert all(alike(*pair) for pair in pairs)
     assert not alike(pairs[-2][1], pairs[-1][1])

@@ -14,6 +14,7 @@ from commands import (
     check_updates_in_a_cuda_graph,
     learner,
     on,
+    record_cuda_graphs,
     without_speed,
 )
 from torch.utils._pytree import tree_leaves
@@ -463,6 +464,19 @@ def test_rollouts_in_a_cuda_graph_are_those_without(options, monkeypatch):
     draws = [(script.draw_rollout(env, 0.1 * k, streams),) for k in range(7)]
     play = partial(script.rollout, env.step, env, nets["actor"])
     check_rollouts_in_a_cuda_graph(play, nets, draws, DEVICE, monkeypatch)
+
+
+def test_a_cuda_graph_takes_tensors_by_name_and_shape(monkeypatch):
+    if DEVICE.type == "cpu":
+        record_cuda_graphs(monkeypatch)
+    difference = envs.captured(lambda batch: {"c": batch["a"] - batch["b"]}, DEVICE)
+    a, b = torch.tensor([3.0], device=DEVICE), torch.tensor([1.0], device=DEVICE)
+    for _ in range(5):
+        assert difference({"a": a, "b": b})["c"] == 2
+    assert difference({"b": b, "a": a})["c"] == 2
+    for wrong in ({"a": a}, {"a": a, "b": b[0]}, {"a": a, "b": b.long()}):
+        with pytest.raises(ValueError):
+            difference(wrong)
 
 
 def test_metrics_keep_no_gradients():

@@ -394,7 +394,7 @@ def test_rollout_is_random_switching_then_greedy_or_random_lights():
     nets["normalizer"].flat[:, :, 1] = 10
     state, obs = env.reset(streams)
     for t, random in ((0, 0.0), (20, 0.0), (40, 0.5)):
-        draws = script.draw_rollout(t, random, env, streams, args)
+        draws = script.draw_rollout(env, t, random, streams, args)
         state, episodes = script.rollout(env.step, env, nets, state, draws)
         assert torch.equal(episodes["obs"][:, :, 0].flatten(0, 1), obs)
         obs = env.observe(state)
@@ -688,6 +688,6 @@ def test_rollouts_in_a_cuda_graph_are_those_without(model, monkeypatch):
     state, _ = env.reset(streams)
     draws = []
     for k in range(7):
-        draws.append((state, script.draw_rollout(10 * k, 0.5, env, streams, args)))
+        draws.append((state, script.draw_rollout(env, 10 * k, 0.5, streams, args)))
         state, _ = play(*draws[-1])
     check_rollouts_in_a_cuda_graph(play, nets, draws, DEVICE, monkeypatch)
