@@ -32,7 +32,7 @@ RUNS = (  # script, flags of a short run
         "--total-timesteps=2000 --learning-starts=1000 --hidden-size=16 --num-agents=4 --no-compile-transport",
     ),
     ("ernie_qcombo", LIGHTS),
-    ("ernie_coma", LIGHTS),
+    ("ernie_coma", f"{LIGHTS} --idle-logit=0"),  # untrained lights with a head start only keep
 )
 SHORT = {"seconds": 20, "warmup": 10}  # of the lights' episodes
 
