@@ -477,11 +477,9 @@ def drive_rows(lights: Lights, points: list[tuple], labels: dict, fields: dict) 
     return rows + worst_case(rows, (*ATTACKS, "critic"), "reward")
 
 
-def report_lights(
-    lights: Lights, strengths: dict[str, tuple], networks: dict[str, dict], run: runs.Run, labels: dict, name: str
-) -> None:
-    """As `report`, of traffic lights; `networks` are fields of the environments where they are set up too. `labels` end
-    with the policy's name; beside it stand SIGNALS where they meet the same change."""
+def try_lights(lights: Lights, strengths: dict[str, tuple], networks: dict[str, dict], labels: dict) -> list[dict]:
+    """A row per seed and point; `networks` are fields of the environments where the lights are set up too. `labels`
+    have the policy's name; beside it stand SIGNALS where they meet the same change."""
     points = [("clean", 0.0)]
     for perturbation, values in strengths.items():
         points += [(perturbation, strength) for strength in values]
@@ -496,6 +494,14 @@ def report_lights(
         changed = [point for point in points if point[0] in CARS]
         for k, row in enumerate(drive_rows(fixed, changed, labels, fields)):  # of one signal after the other
             rows.append(row | {"policy": list(SIGNALS)[k // len(changed)]})
+    return rows
+
+
+def report_lights(
+    lights: Lights, strengths: dict[str, tuple], networks: dict[str, dict], run: runs.Run, labels: dict, name: str
+) -> None:
+    """As `report`, of traffic lights, see `try_lights`. `labels` end with the policy's name."""
+    rows = try_lights(lights, strengths, networks, labels)
     runs.write_rows(run.dir / f"{name}.csv", rows)
     table = {}
     for row in rows:

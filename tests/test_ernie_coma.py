@@ -297,7 +297,7 @@ def test_hypergradient_is_the_derivative_of_the_whole_unroll(divergence, ball, s
 
 @pytest.mark.parametrize("mode", ["gaussian", "random", "adversarial", "stackelberg"])
 def test_regulariser_adds_to_the_actors_of_the_team_alone(mode):
-    args, env, nets, batch = prepared(regularizer=mode, reg_coef=0.7, reg_batch_size=5)
+    args, env, nets, batch = prepared(regularizer=mode, reg_coef=0.7, reg_batch_size=5, idle_logit=2.0)
     assert batch["perturbation"].shape == (2, 3, 5, 4)
     without = script.actor_loss(nets, batch, env, replace(args, regularizer="none"))
     with_reg = script.actor_loss(nets, batch, env, args)  # (loss, metrics)
@@ -309,7 +309,7 @@ def test_regulariser_adds_to_the_actors_of_the_team_alone(mode):
     ours = torch.autograd.grad(with_reg[0], flat)[0] - torch.autograd.grad(without[0], flat)[0]
     torch.testing.assert_close(ours, torch.autograd.grad(expected, flat)[0], rtol=1e-7, atol=1e-11)
     rows = ours.view(2, 3, -1).abs().amax(2)
-    assert (rows[:, 2] < 1e-13).all() and (rows[:, :2] > 1e-7).all()
+    assert (rows[:, 2] < 1e-13).all() and (rows[:, :2] > 1e-6).all()
 
 
 def sgd(nets):

@@ -273,23 +273,25 @@ def test_a_node_dies(tmp_path, toy, ray):
     assert logs == ["begun ", "begun ", "begun resumed ", "begun resumed "]
 
 
-def test_lights_everywhere_are_named_and_drawn(monkeypatch):
+def test_lights_where_the_cars_change_are_named_and_drawn():
     networks = {"irregular": robustness.NETWORKS["irregular"]}
-    monkeypatch.setattr(robustness, "NETWORKS", networks)
     args = ernie_qcombo.Args(num_seeds=2, eval_warmup=1, eval_seconds=30, compile=False)
     nets, _ = ernie_qcombo.make_nets(ernie_qcombo.make_env(args, 1, torch.device("cpu")), args)
     lights = ernie_qcombo.make_lights(nets, args, torch.device("cpu"), 1, np.inf)
     changes = [("clean", 0.0), ("speed", 30.0), ("speed", 40.0), *(("flow", k) for k in range(1, 6))]
-    trained = reproduce.drive_everywhere(lights, ["none"] * 2)
+    cars = {name: robustness.LIGHTS[name] for name in ("speed", "flow")}
+    rows = robustness.try_lights(lights, cars, networks, {"policy": "none"})
+    trained = [row for row in rows if row["policy"] == "none"]
     assert [(row["seed"], row["perturbation"], row["strength"]) for row in trained] == [
         *((seed, *change) for seed in (1, 2) for change in changes),
         *((seed, "network", "irregular") for seed in (1, 2)),
     ]
-    cycles = list(robustness.SIGNALS)
-    both = reproduce.drive_everywhere(replace(lights, make_policy=None, seeds=[1, 1]), cycles)
-    one = reproduce.drive_everywhere(replace(lights, make_policy=None, seeds=[1]), cycles[:1])
-    assert [row["reward"] for row in both if row["method"] == cycles[0]] == [row["reward"] for row in one]
-    assert sorted({row["method"] for row in both}) == sorted(cycles)
-    points = [{"method": row["method"], "torch": row["reward"], "sumo": 1.1 * row["reward"]} for row in trained + both]
+    first, second = robustness.SIGNALS
+    alone = replace(lights, make_policy=None, seeds=[1])
+    one = robustness.drive_rows(alone, changes, {}, {})
+    one += robustness.drive_rows(alone, [("network", "irregular")], {}, networks["irregular"])
+    assert [row["reward"] for row in rows if row["policy"] == first] == [row["reward"] for row in one]
+    assert {row["policy"] for row in rows} == {"none", first, second}
+    points = [{"method": row["policy"], "torch": row["reward"], "sumo": 1.1 * row["reward"]} for row in rows]
     (axis,) = reproduce.draw_in_sumo(points).axes
     assert [len(dots.get_offsets()) for dots in axis.collections] == [18, 9, 9]
