@@ -778,6 +778,7 @@ def compiled_step(env: Traffic) -> Callable:
     options = {"comprehensive_padding": False}
     is_cpu = env.device.type == "cpu"
     step = torch.compile(env.step, fullgraph=True, dynamic=is_cpu, options=options)
+    step = torch.no_grad()(step)  # with and without gradients would be compiled twice
     return lambda state, action, noise=None: step(state, action.contiguous(), noise)  # of one layout, compiled once
 
 

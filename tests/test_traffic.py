@@ -344,7 +344,7 @@ def test_without_a_compiler_the_step_is_the_eager_one(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_one_compiled_step_serves_all_of_a_report_and_equals_the_eager_one():
-    """Any number of environments, each at its own speed and flow, another network."""
+    """Any number of environments, each at its own speed and flow, another network, with gradients or without."""
     torch.compiler.reset()
     others = traffic.side_by_side(make(10), [("speed", 30.0), ("flow", 2)], 1)
     elsewhere = envs.make("traffic_atlanta_v0", 18, DEVICE, torch.float64)
@@ -356,7 +356,7 @@ def test_one_compiled_step_serves_all_of_a_report_and_equals_the_eager_one():
         for _ in range(5):
             action = torch.rand(env.num_agents, num_envs, generator=generator).T.round().long()
             noise = env.draw([generator])
-            with torch.compiler.set_stance(stance):
+            with torch.compiler.set_stance(stance), torch.set_grad_enabled(num_envs == 6):
                 _, *found = step(state, action, noise)
             state, *expected = env.step(state, action, noise)
             for x, y in zip(found[:2], expected[:2]):
