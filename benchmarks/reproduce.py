@@ -227,9 +227,16 @@ TRAFFIC = partial(
     shown=("gaussian", "mad", "flip_one", "speed", "flow", "network"),
     percentiles=(("clean", "0.0"), ("speed", "30.0"), ("gaussian", "1.0"), ("flip_each", "0.05")),
 )
-SENSITIVITY = {"none": [{"regularizer": "none"}]}
-SENSITIVITY |= {f"epsilon_{epsilon}": [{"epsilon": epsilon}] for epsilon in (0.1, 0.3, 1.0)}
-SENSITIVITY["attack_steps_1"] = [{"attack_steps": 1}]  # the others have three
+
+
+def sensitivity(**values: tuple[float, ...]) -> dict[str, list[Flags]]:
+    """No regulariser, and stackelberg with one default replaced by each of its `values`."""
+    points = {f"{name}_{value}": [{name: value}] for name, several in values.items() for value in several}
+    return {"none": [{"regularizer": "none"}]} | points
+
+
+SENSITIVITY = partial(TRAFFIC, shown=("speed", "gaussian", "network"), percentiles=())
+QCOMBO_POINTS = sensitivity(epsilon=(0.1, 0.3, 1.0), attack_steps=(1,))
 
 
 def game_label(row: dict, run: str) -> str:
@@ -359,6 +366,33 @@ STUDIES = {
         shown=("gaussian", "mad", "worst_case"),
         claims=(("stackelberg", "none"),),
     ),
+    "spread_unrolling": PARTICLE(
+        text="unrolling the attack is better than or level with not unrolling it (Figure 9)",
+        methods=regularizers(("stackelberg", "adversarial"), [{}]) | {"stackelberg_1": [{"attack_steps": 1}]},
+        flags={"total_timesteps": 500_000, "eval_episodes": 200},
+        seeds=(1, 10),
+        shown=("gaussian", "mad", "worst_case"),
+        claims=(
+            ("stackelberg", "adversarial"),
+            ("stackelberg_1", "adversarial"),  # as expensive: a step through which the gradient flows, three without
+        ),
+    ),
+    "spread_package": PARTICLE(  # what each of the defaults is worth
+        text="nothing: these are settings of the base algorithm",
+        methods={
+            "defaults": [{}],
+            "gamma": [{"gamma": 0.95}],
+            "tau": [{"tau": 0.01}],
+            "step_size": [{"learning_rate": 1e-3, "learning_rate_end": 1e-3}],
+            "no_decay": [{"learning_rate_end": 3e-3}],
+            "own_networks": [{"share_parameters": False}],
+            "fewer_updates": [{"steps_per_update": 100, "batch_size": 512}],
+            "wider": [{"hidden_size": 128}],
+        },
+        flags={"regularizer": "none", "eval_episodes": 200},
+        seeds=(21, 25),
+        claims=(),
+    ),
     "tag": RIVALS(flags=RIVALS_FLAGS | {"env_id": "simple_tag_v3"}),
     "crypto": RIVALS(flags=RIVALS_FLAGS | {"env_id": "simple_crypto_v3"}),
     "drones": Study(
@@ -397,14 +431,12 @@ STUDIES = {
         claims=(*LIGHTS_CLAIMS, ("stackelberg", "random"), ("ernie_a", "none")),
         alone=("network",),
     ),
-    "qcombo_sensitivity": TRAFFIC(
+    "qcombo_sensitivity": SENSITIVITY(
         script="ernie_qcombo.py",
         text="all values of epsilon and of K are better than the baseline on changed speeds (Figures 5c and 5d)",
-        methods=SENSITIVITY,
+        methods=QCOMBO_POINTS,
+        claims=tuple((name, "none") for name in QCOMBO_POINTS if name != "none"),
         seeds=(101, 105),
-        shown=("speed", "gaussian", "network"),
-        claims=tuple((name, "none") for name in SENSITIVITY if name != "none"),
-        percentiles=(),
     ),
     "qcombo_short": TRAFFIC(  # the paper's number of steps, in one environment
         script="ernie_qcombo.py",
@@ -422,6 +454,13 @@ STUDIES = {
         claims=(*LIGHTS_CLAIMS, ("gaussian", "none")),
         seeds=(121, 130),
         alone=("network",),
+    ),
+    "coma_sensitivity": SENSITIVITY(
+        script="ernie_coma.py",
+        text="nothing: it has one epsilon and one lambda for COMA",
+        methods=sensitivity(epsilon=(0.3, 1.0, 3.0), reg_coef=(0.1,)),
+        seeds=(131, 135),
+        claims=(),
     ),
     "bimatrix_3": GAMES(
         text="as epsilon grows the planner's reward falls and the agents' regret rises",
@@ -455,7 +494,8 @@ STUDIES = {
     "economy": Study(
         "ermas_economy.py",
         "ERMAS has a higher welfare than the AI Economist (MARL), Saez and US federal rates at every eta of new agents",
-        {name: [{"method": name}] for name in ("marl", "ermas", "saez", "us-federal", "free-market")},
+        {name: [{"method": name}] for name in ("marl", "ermas", "saez", "us-federal", "free-market")}
+        | {"marl_mixed": [{"method": "marl", "eta_train": (0.17, 0.32), "warm_start": None}]},
         flags={"compile": True, "eval_eta": (0.17, 0.23, 0.32)},
         quick={
             "phase_one_timesteps": 12_800,
@@ -467,7 +507,7 @@ STUDIES = {
         seeds=(11, 22),
         result=Result("welfare.csv", "welfare", "eta"),
         shown=("eta",),
-        claims=(("ermas", "marl"), ("ermas", "saez"), ("ermas", "us-federal")),
+        claims=tuple(("ermas", other) for other in ("marl", "saez", "us-federal", "free-market", "marl_mixed")),
         reuse=("marl", {"warm_start": "{folder}", "eval_agents": "{folder}/test_agents.pt"}),
     ),
 }
@@ -476,7 +516,7 @@ CROWDS = tuple(name for name in STUDIES if name.startswith("meanfield"))
 FIGURES = {
     **{f"ernie-{k}": ("qcombo", "qcombo_short") for k in (1, 2)},
     "ernie-3": (*PARTICLES, "spread_6"),
-    "ernie-9": PARTICLES,
+    "ernie-9": (*PARTICLES, "spread_unrolling"),
     "ernie-4": CROWDS,
     "ernie-5": ("qcombo", "qcombo_sensitivity"),
     "ernie-6": ("drones",),
@@ -630,7 +670,7 @@ class Cluster:
 
     def start(self, name: str, study: Study, method: str, flags: Flags, seeds: tuple[int, int], reused: Flags = {}):
         """The task of a run; its name is `name`, the study's and the method's, with a digest of its flags and seeds:
-        a run with others is another run, wherever the files lie that are `reused`."""
+        a run with others is another run. `reused` flags give way to its own and are no part of the digest."""
         script = study.scripts.get(method, study.script)
         flags = study.flags | flags
         if self.args.quick:
@@ -639,7 +679,7 @@ class Cluster:
         flags |= {"seed": seeds[0], "num_seeds": seeds[1] - seeds[0] + 1}
         digest = hashlib.sha256(" ".join([script, *words(flags)]).encode()).hexdigest()[:8]
         name = f"{name}-{digest}"
-        flags |= reused | {"exp_name": name, "runs_dir": self.args.runs_dir, "wandb_mode": "disabled"}
+        flags = reused | flags | {"exp_name": name, "runs_dir": self.args.runs_dir, "wandb_mode": "disabled"}
         command = [str(ROOT / script), *words(flags)]
         task = self.task.options(name=name)
         return name, task.remote(command, self.args.runs_dir, f"*__{name}__{seeds[0]}__*", study.result.file)

@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -89,9 +88,11 @@ def worst_observations(
     if isinstance(radius, Tensor):
         radius = torch.cat([radius] * policy.starts)
     for _ in range(policy.ascent_steps):
-        slope = torch.func.grad(lambda d: objective(clean + unit * d).sum())(delta)
+        with torch.enable_grad():  # in eager mode faster than torch.func.grad
+            delta.requires_grad_()
+            (slope,) = torch.autograd.grad(objective(clean + unit * delta).sum(), delta)
         step = perturb.steepest(slope, 2.5 / policy.ascent_steps * radius, policy.norm)
-        delta = perturb.project(delta + step, radius, policy.norm)
+        delta = perturb.project(delta.detach() + step, radius, policy.norm)
     seen = clean + unit * delta
     values = objective(seen).unflatten(2, (policy.starts, -1))
     best = values.argmax(2, keepdim=True)[..., None]
@@ -434,15 +435,23 @@ def drive(lights: Lights, points: list[tuple], purpose: str, **fields) -> dict[s
             streams += make_generators(seed, 1, purpose, env.device)
     perturbations = make_generators(lights.seeds[0], S, f"{purpose} perturbations", env.device)
     policy = lights.make_policy(env) if lights.make_policy else None
-    groups = []  # (name, places of points, strength); an attack costs as much for several as for one, so they are one
-    for name, members in groupby(range(len(points)), lambda p: points[p][0]):
-        places = list(members)
-        if policy and name in (*ATTACKS, *policy.attacks):
-            strengths = torch.tensor([points[p][1] for p in places], device=env.device)
-            strengths = strengths.repeat_interleave(lights.episodes)[:, None]
-            groups.append((name, slice(places[0], places[-1] + 1), strengths))
+    groups: dict[tuple, list[int]] = {}  # (name, strength) -> places of points whose lights act as one batch
+    for place, (name, strength) in enumerate(points):
+        if name in CARS:
+            group = ("clean", 0.0)
+        elif policy and name in (*ATTACKS, *policy.attacks):
+            group = (name, None)  # an attack costs as much for several strengths as for one
         else:
-            groups += [(name, slice(p, p + 1), points[p][1]) for p in places]
+            group = (name, strength)
+        groups.setdefault(group, []).append(place)
+    batches = []
+    for (name, strength), members in groups.items():
+        places = torch.tensor(members, device=env.device)
+        if strength is None:
+            strengths = torch.tensor([points[place][1] for place in members], device=env.device)
+            strength = strengths.repeat_interleave(lights.episodes)[:, None]
+        batches.append((name, strength, places))
+    order = torch.cat([places for _, _, places in batches]).argsort()
 
     def control(state: traffic.State, obs: Tensor) -> Tensor:
         if policy is None:
@@ -450,10 +459,10 @@ def drive(lights: Lights, points: list[tuple], purpose: str, **fields) -> dict[s
             return torch.cat([actions[k].unflatten(0, (S, -1))[k] for k in range(S)])
         obs = obs.unflatten(0, shape)
         actions = []
-        for name, places, strength in groups:
+        for name, strength, places in batches:
             action = act(env, policy, obs[:, places].flatten(0, 2), name, strength, perturbations)
             actions.append(action.unflatten(0, (S, -1, lights.episodes)))
-        return torch.cat(actions, 1).flatten(0, 2)
+        return torch.cat(actions, 1)[:, order].flatten(0, 2)
 
     outcomes = traffic.simulate(env, lights.make_step(env), control, streams)
     env.close()
