@@ -229,14 +229,17 @@ TRAFFIC = partial(
 )
 
 
-def sensitivity(**values: tuple[float, ...]) -> dict[str, list[Flags]]:
-    """No regulariser, and stackelberg with one default replaced by each of its `values`."""
-    points = {f"{name}_{value}": [{name: value}] for name, several in values.items() for value in several}
-    return {"none": [{"regularizer": "none"}]} | points
+def sensitivity(**grid: tuple[float, ...]) -> dict[str, list[Flags]]:
+    """The plain algorithm, and ERNIE's defaults with one flag changed, to each of its values in turn."""
+    methods = {"none": [{"regularizer": "none"}]}
+    for name, values in grid.items():
+        for value in values:
+            methods[f"{name}_{value}"] = [{name: value}]
+    return methods
 
 
-SENSITIVITY = partial(TRAFFIC, shown=("speed", "gaussian", "network"), percentiles=())
-QCOMBO_POINTS = sensitivity(epsilon=(0.1, 0.3, 1.0), attack_steps=(1,))
+LIGHTS_POINTS = partial(TRAFFIC, shown=("speed", "gaussian", "network"), percentiles=())
+QCOMBO_POINTS = sensitivity(epsilon=(0.1, 0.3, 1.0), attack_steps=(1,))  # by default three
 
 
 def game_label(row: dict, run: str) -> str:
@@ -374,19 +377,19 @@ STUDIES = {
         shown=("gaussian", "mad", "worst_case"),
         claims=(
             ("stackelberg", "adversarial"),
-            ("stackelberg_1", "adversarial"),  # as expensive: a step through which the gradient flows, three without
+            ("stackelberg_1", "adversarial"),  # takes as much time: K = 1 unrolled, K = 3 not
         ),
     ),
-    "spread_package": PARTICLE(  # what each of the defaults is worth
+    "spread_settings": PARTICLE(  # what each of MADDPG's defaults is worth
         text="nothing: these are settings of the base algorithm",
         methods={
-            "defaults": [{}],
+            "base": [{}],
             "gamma": [{"gamma": 0.95}],
             "tau": [{"tau": 0.01}],
-            "step_size": [{"learning_rate": 1e-3, "learning_rate_end": 1e-3}],
+            "small_steps": [{"learning_rate": 1e-3, "learning_rate_end": 1e-3}],
             "no_decay": [{"learning_rate_end": 3e-3}],
             "own_networks": [{"share_parameters": False}],
-            "fewer_updates": [{"steps_per_update": 100, "batch_size": 512}],
+            "fewer_updates": [{"steps_per_update": 100, "batch_size": 512}],  # as many samples a step
             "wider": [{"hidden_size": 128}],
         },
         flags={"regularizer": "none", "eval_episodes": 200},
@@ -431,7 +434,7 @@ STUDIES = {
         claims=(*LIGHTS_CLAIMS, ("stackelberg", "random"), ("ernie_a", "none")),
         alone=("network",),
     ),
-    "qcombo_sensitivity": SENSITIVITY(
+    "qcombo_sensitivity": LIGHTS_POINTS(
         script="ernie_qcombo.py",
         text="all values of epsilon and of K are better than the baseline on changed speeds (Figures 5c and 5d)",
         methods=QCOMBO_POINTS,
@@ -455,7 +458,7 @@ STUDIES = {
         seeds=(121, 130),
         alone=("network",),
     ),
-    "coma_sensitivity": SENSITIVITY(
+    "coma_sensitivity": LIGHTS_POINTS(
         script="ernie_coma.py",
         text="nothing: it has one epsilon and one lambda for COMA",
         methods=sensitivity(epsilon=(0.3, 1.0, 3.0), reg_coef=(0.1,)),
@@ -495,7 +498,7 @@ STUDIES = {
         "ermas_economy.py",
         "ERMAS has a higher welfare than the AI Economist (MARL), Saez and US federal rates at every eta of new agents",
         {name: [{"method": name}] for name in ("marl", "ermas", "saez", "us-federal", "free-market")}
-        | {"marl_mixed": [{"method": "marl", "eta_train": (0.17, 0.32), "warm_start": None}]},
+        | {"marl_mixed": [{"method": "marl", "eta_train": (0.17, 0.32), "warm_start": None}]},  # trains its own agents
         flags={"compile": True, "eval_eta": (0.17, 0.23, 0.32)},
         quick={
             "phase_one_timesteps": 12_800,
@@ -538,7 +541,7 @@ class Args:
     extra: tuple[Literal["ladder", "in-sumo"], ...] = ()
     """beyond the papers: what simple controllers of traffic lights get; the trained lights driven in SUMO"""
     all: bool = False
-    """all figures and tables"""
+    """all studies: those of figures and tables, and the others"""
     redraw: bool = False
     """nothing is trained: summaries, pictures (but those of Figures 3 and 4 of ERMAS) and verdicts from the tables"""
     quick: bool = False
@@ -670,7 +673,8 @@ class Cluster:
 
     def start(self, name: str, study: Study, method: str, flags: Flags, seeds: tuple[int, int], reused: Flags = {}):
         """The task of a run; its name is `name`, the study's and the method's, with a digest of its flags and seeds:
-        a run with others is another run. `reused` flags give way to its own and are no part of the digest."""
+        a run with others is another run. `reused` flags, paths that differ between machines, do not count, and give
+        way to its own."""
         script = study.scripts.get(method, study.script)
         flags = study.flags | flags
         if self.args.quick:
@@ -883,6 +887,7 @@ METHODS = {  # colour, and name in a legend with the paper's
     "random": ("C2", "random: a direction of equal length"),
     "adversarial": ("C3", "adversarial: ERNIE without Stackelberg"),
     "stackelberg": ("C4", "stackelberg: ERNIE"),
+    "stackelberg_1": ("C1", "stackelberg: ERNIE, K = 1"),
     "ernie_a": ("C5", "ERNIE-A"),
     "maddpg": ("C9", "MADDPG"),
     "m3ddpg": ("C5", "M3DDPG"),
@@ -1177,8 +1182,8 @@ def ladder(args: Args, seconds: int = 4000) -> None:
 def main() -> None:
     with runs.quiet_pipe():
         args = tyro.cli(Args, description=__doc__)
-    wanted = [FIGURES[f] for f in (FIGURES if args.all else args.figure)]
-    wanted += [TABLES[t] for t in (TABLES if args.all else args.table)] + [args.study]
+    wanted = [FIGURES[f] for f in args.figure] + [TABLES[t] for t in args.table]
+    wanted.append(tuple(STUDIES) if args.all else args.study)
     names = list(dict.fromkeys(name for group in wanted for name in group))
     args.runs_dir = args.runs_dir.resolve()  # a task may start elsewhere
     args.results_dir = args.results_dir / "quick" if args.quick else args.results_dir

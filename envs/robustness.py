@@ -40,7 +40,7 @@ class Policy:
     output: Callable  # obs -> what is attacked: actions before squashing, means, logits or Q-values
     to_action: Callable  # output -> action
     divergence: Callable  # (output, clean output) -> [S, N, B], which the attack "mad" maximises
-    attacks: dict[str, Callable] = field(default_factory=dict)  # others: obs -> objective(perturbed obs) [S, N, B]
+    attacks: dict[str, Callable] = field(default_factory=dict)  # obs -> objective(perturbed obs), differentiable
     adversaries: dict[str, Callable] = field(default_factory=dict)  # learned ones: (obs, strength) -> perturbed obs
     team_value: Callable | None = None  # (obs, action) -> what the team thinks of a joint action, [S, B]
     norm: str = "l2"  # of the attacks' ball, or linf
@@ -88,7 +88,7 @@ def worst_observations(
     if isinstance(radius, Tensor):
         radius = torch.cat([radius] * policy.starts)
     for _ in range(policy.ascent_steps):
-        with torch.enable_grad():  # in eager mode faster than torch.func.grad
+        with torch.enable_grad():  # faster than torch.func.grad, which torch.compile and vmap would need
             delta.requires_grad_()
             (slope,) = torch.autograd.grad(objective(clean + unit * delta).sum(), delta)
         step = perturb.steepest(slope, 2.5 / policy.ascent_steps * radius, policy.norm)
@@ -435,23 +435,22 @@ def drive(lights: Lights, points: list[tuple], purpose: str, **fields) -> dict[s
             streams += make_generators(seed, 1, purpose, env.device)
     perturbations = make_generators(lights.seeds[0], S, f"{purpose} perturbations", env.device)
     policy = lights.make_policy(env) if lights.make_policy else None
-    groups: dict[tuple, list[int]] = {}  # (name, strength) -> places of points whose lights act as one batch
+    groups: dict[tuple, list[int]] = {}  # places of points whose lights act in one call
     for place, (name, strength) in enumerate(points):
         if name in CARS:
-            group = ("clean", 0.0)
+            key = ("clean", 0.0)
         elif policy and name in (*ATTACKS, *policy.attacks):
-            group = (name, None)  # an attack costs as much for several strengths as for one
+            key = (name,)  # an attack costs as much for several strengths as for one
         else:
-            group = (name, strength)
-        groups.setdefault(group, []).append(place)
-    batches = []
-    for (name, strength), members in groups.items():
-        places = torch.tensor(members, device=env.device)
-        if strength is None:
-            strengths = torch.tensor([points[place][1] for place in members], device=env.device)
-            strength = strengths.repeat_interleave(lights.episodes)[:, None]
-        batches.append((name, strength, places))
-    order = torch.cat([places for _, _, places in batches]).argsort()
+            key = (name, strength)
+        groups.setdefault(key, []).append(place)
+    calls = []  # (name, strength, places)
+    for (name, *strength), members in groups.items():
+        if not strength:
+            several = torch.tensor([points[place][1] for place in members], device=env.device)
+            strength = [several.repeat_interleave(lights.episodes)[:, None]]
+        calls.append((name, *strength, torch.tensor(members, device=env.device)))
+    back = torch.cat([places for *_, places in calls]).argsort()  # to the order of `points`
 
     def control(state: traffic.State, obs: Tensor) -> Tensor:
         if policy is None:
@@ -459,10 +458,10 @@ def drive(lights: Lights, points: list[tuple], purpose: str, **fields) -> dict[s
             return torch.cat([actions[k].unflatten(0, (S, -1))[k] for k in range(S)])
         obs = obs.unflatten(0, shape)
         actions = []
-        for name, strength, places in batches:
+        for name, strength, places in calls:
             action = act(env, policy, obs[:, places].flatten(0, 2), name, strength, perturbations)
             actions.append(action.unflatten(0, (S, -1, lights.episodes)))
-        return torch.cat(actions, 1)[:, order].flatten(0, 2)
+        return torch.cat(actions, 1)[:, back].flatten(0, 2)
 
     outcomes = traffic.simulate(env, lights.make_step(env), control, streams)
     env.close()

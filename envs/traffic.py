@@ -767,7 +767,7 @@ def outcome(reward: Tensor, info: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def compiled_step(env: Traffic) -> Callable:
-    """env.step, compiled, on a CPU for any number of environments, or as it is if it cannot be."""
+    """env.step, compiled, without gradients, on a CPU for any number of environments, or as it is if it cannot be."""
     if not can_compile("the traffic simulator", "compile"):
         return env.step
     torch._dynamo.config.recompile_limit = 32  # on a GPU for each network and number of environments
@@ -777,8 +777,8 @@ def compiled_step(env: Traffic) -> Callable:
     env = dataclasses.replace(env, speed=speed, flow=flow)  # of each environment, as some have them: compiled once
     options = {"comprehensive_padding": False}
     is_cpu = env.device.type == "cpu"
-    step = torch.compile(env.step, fullgraph=True, dynamic=is_cpu, options=options)
-    step = torch.no_grad()(step)  # with and without gradients would be compiled twice
+    compiled = torch.compile(env.step, fullgraph=True, dynamic=is_cpu, options=options)
+    step = torch.no_grad()(compiled)  # training resets with gradients on and plays with them off: compiled once
     return lambda state, action, noise=None: step(state, action.contiguous(), noise)  # of one layout, compiled once
 
 

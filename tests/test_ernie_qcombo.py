@@ -496,7 +496,7 @@ def test_worst_observations_are_in_the_ball_and_worse_than_random_ones(norm_orde
         return q.gather(3, policy.act(seen).argmax(-1, keepdim=True)).mean().item()
 
     for attack in ("mad", "critic"):
-        seen = robustness.worst_observations(env, policy, attack, obs, 0.5, streams).detach()
+        seen = robustness.worst_observations(env, policy, attack, obs, 0.5, streams)
         delta = torch.where(unit > 0, (seen - obs) / unit, seen - obs)
         length = perturb.length(delta, norm_order)
         assert length.max() <= 0.5 * (1 + 1e-9) and length.mean() > 0.4
@@ -523,10 +523,11 @@ def test_each_point_of_a_sweep_has_its_own_traffic():
     assert env.speed.tolist() == 2 * [35.0, 35.0, 30.0, 30.0, 35.0, 35.0]
     own, third = list(args.flow), list(traffic.FLOWS["flow3"])
     assert env.inflow.T.tolist() == 2 * [own, own, own, own, third, third]
-    points = [("clean", 0.0), ("flip_each", 0.0), ("flip_each", 1.0)]
+    points = [("clean", 0.0), ("flip_each", 1.0), ("flip_each", 0.0), ("speed", 35.0)]
     rewards = robustness.drive(lights, points, "test")["reward"]  # [S, P, E]
-    torch.testing.assert_close(rewards[:, 1], rewards[:, 0])  # the same traffic at every point
-    assert rewards.shape == (2, 3, 2) and (rewards[:, 2] != rewards[:, 0]).all()
+    for place in (2, 3):
+        torch.testing.assert_close(rewards[:, place], rewards[:, 0])  # the same traffic at every point
+    assert rewards.shape == (2, 4, 2) and (rewards[:, 1] != rewards[:, 0]).all()
     for name, rows, num_lights in (("irregular", 2, 4), ("4x4", 4, 16), ("6x6", 6, 36), ("atlanta", 4, 16)):
         env = lights.make_env(4, **robustness.NETWORKS[name])
         assert (env.rows, env.num_agents, env.num_envs) == (rows, num_lights, 4)
