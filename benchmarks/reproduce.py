@@ -496,7 +496,8 @@ STUDIES = {
     ),
     "economy": Study(
         "ermas_economy.py",
-        "ERMAS has a higher welfare than the AI Economist (MARL), Saez and US federal rates at every eta of new agents",
+        "ERMAS has a higher welfare than the AI Economist (MARL), Saez, US federal rates and no taxes at every eta of "
+        "new agents (beyond the paper: and than MARL on mixed risk aversion)",
         {name: [{"method": name}] for name in ("marl", "ermas", "saez", "us-federal", "free-market")}
         | {"marl_mixed": [{"method": "marl", "eta_train": (0.17, 0.32), "warm_start": None}]},  # trains its own agents
         flags={"compile": True, "eval_eta": (0.17, 0.23, 0.32)},
