@@ -380,22 +380,6 @@ STUDIES = {
             ("stackelberg_1", "adversarial"),  # takes as much time: K = 1 unrolled, K = 3 not
         ),
     ),
-    "spread_settings": PARTICLE(  # what each of MADDPG's defaults is worth
-        text="nothing: these are settings of the base algorithm",
-        methods={
-            "base": [{}],
-            "gamma": [{"gamma": 0.95}],
-            "tau": [{"tau": 0.01}],
-            "small_steps": [{"learning_rate": 1e-3, "learning_rate_end": 1e-3}],
-            "no_decay": [{"learning_rate_end": 3e-3}],
-            "own_networks": [{"share_parameters": False}],
-            "fewer_updates": [{"steps_per_update": 100, "batch_size": 512}],  # as many samples a step
-            "wider": [{"hidden_size": 128}],
-        },
-        flags={"regularizer": "none", "eval_episodes": 200},
-        seeds=(21, 25),
-        claims=(),
-    ),
     "tag": RIVALS(flags=RIVALS_FLAGS | {"env_id": "simple_tag_v3"}),
     "crypto": RIVALS(flags=RIVALS_FLAGS | {"env_id": "simple_crypto_v3"}),
     "drones": Study(
