@@ -239,7 +239,7 @@ def sensitivity(**grid: tuple[float, ...]) -> dict[str, list[Flags]]:
 
 
 LIGHTS_POINTS = partial(TRAFFIC, shown=("speed", "gaussian", "network"), percentiles=())
-QCOMBO_POINTS = sensitivity(epsilon=(0.1, 0.3, 1.0), attack_steps=(1,))  # by default three
+QCOMBO_POINTS = sensitivity(epsilon=(0.1, 0.3, 1.0), attack_steps=(1,))  # of three by default
 
 
 def game_label(row: dict, run: str) -> str:

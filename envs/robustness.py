@@ -435,21 +435,22 @@ def drive(lights: Lights, points: list[tuple], purpose: str, **fields) -> dict[s
             streams += make_generators(seed, 1, purpose, env.device)
     perturbations = make_generators(lights.seeds[0], S, f"{purpose} perturbations", env.device)
     policy = lights.make_policy(env) if lights.make_policy else None
+    attacks = (*ATTACKS, *policy.attacks) if policy else ()
     groups: dict[tuple, list[int]] = {}  # places of points whose lights act in one call
     for place, (name, strength) in enumerate(points):
         if name in CARS:
             key = ("clean", 0.0)
-        elif policy and name in (*ATTACKS, *policy.attacks):
-            key = (name,)  # an attack costs as much for several strengths as for one
+        elif name in attacks:
+            key = (name, None)  # an attack costs as much for several strengths as for one
         else:
             key = (name, strength)
         groups.setdefault(key, []).append(place)
     calls = []  # (name, strength, places)
-    for (name, *strength), members in groups.items():
-        if not strength:
-            several = torch.tensor([points[place][1] for place in members], device=env.device)
-            strength = [several.repeat_interleave(lights.episodes)[:, None]]
-        calls.append((name, *strength, torch.tensor(members, device=env.device)))
+    for (name, strength), members in groups.items():
+        if name in attacks:
+            strength = torch.tensor([points[place][1] for place in members], device=env.device)
+            strength = strength.repeat_interleave(lights.episodes)[:, None]
+        calls.append((name, strength, torch.tensor(members, device=env.device)))
     back = torch.cat([places for *_, places in calls]).argsort()  # to the order of `points`
 
     def control(state: traffic.State, obs: Tensor) -> Tensor:
