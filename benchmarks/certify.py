@@ -44,7 +44,7 @@ from typing import Annotated
 
 import torch
 import tyro
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -66,6 +66,8 @@ class Args:
     """sizes of the perturbation in the run's own unit of --epsilon"""
     samples: PositiveInt = 1000  # M, visited observations of an agent and seed, rounded up to whole episodes
     episodes: PositiveInt | None = None  # of a seed, in which losses are measured; default: the run's --eval-episodes
+    seconds: PositiveInt = 300  # traffic lights: length of an episode
+    warmup: NonNegativeInt = 300  # traffic lights: seconds of random switching before it
 
 
 @dataclass
@@ -109,8 +111,7 @@ def load(folder: Path, asked: Args) -> Run:
         raise ValueError(f"{folder} is a run of {script.__name__}.py; this is for {', '.join(SCRIPTS)}")
     args = replace(args, eval_episodes=asked.episodes or args.eval_episodes, cuda=False)
     device = script.setup(args)
-    seconds = (args.eval_seconds, args.eval_warmup) if args.env_id.startswith("traffic_") else (0, 0)
-    build, nets = attack.rebuild((script, args, checkpoint), device, *seconds)
+    build, nets = attack.rebuild((script, args, checkpoint), device, asked.seconds, asked.warmup)
     enough = math.ceil(asked.samples / build(num_envs=1).horizon)
     env = build(num_envs=args.num_seeds * max(args.eval_episodes, enough))
     net = nets["local"] if "local" in nets else nets["actor"]

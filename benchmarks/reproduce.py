@@ -30,6 +30,7 @@ on from its last checkpoint. A run that fails is reported at the end and left ou
 
 import ctypes
 import hashlib
+import itertools
 import os
 import signal
 import subprocess
@@ -52,6 +53,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import envs
 import ernie_qcombo
+from benchmarks import attack
 from envs import bimatrix, robustness, runs
 from envs import traffic as streets
 
@@ -239,7 +241,7 @@ def sensitivity(**grid: tuple[float, ...]) -> dict[str, list[Flags]]:
 
 
 LIGHTS_POINTS = partial(TRAFFIC, shown=("speed", "gaussian", "network"), percentiles=())
-QCOMBO_POINTS = sensitivity(epsilon=(0.1, 0.3, 1.0), attack_steps=(1,))  # of three by default
+QCOMBO_POINTS = sensitivity(epsilon=(0.03, 0.1, 0.3, 1.0), attack_steps=(1, 5))
 
 
 def game_label(row: dict, run: str) -> str:
@@ -445,8 +447,36 @@ STUDIES = {
     "coma_sensitivity": LIGHTS_POINTS(
         script="ernie_coma.py",
         text="nothing: it has one epsilon and one lambda for COMA",
-        methods=sensitivity(epsilon=(0.3, 1.0, 3.0), reg_coef=(0.1,)),
+        methods=sensitivity(epsilon=(0.3, 1.0, 3.0, 8.0), reg_coef=(0.1, 10.0)),
         seeds=(131, 135),
+        claims=(),
+    ),
+    "coma_settings": LIGHTS_POINTS(
+        script="ernie_coma.py",
+        text="nothing",
+        methods={
+            "none": [{"regularizer": "none"}],
+            "own_reward": [{"regularizer": "none", "team_reward": "own"}],
+            "rollout_50": [{"regularizer": "none", "rollout_steps": 50, "td_lambda": 0.95}],
+        },
+        seeds=(131, 135),
+        claims=(),
+    ),
+    "spread_settings": PARTICLE(
+        text="nothing",
+        methods={
+            "none": [{"regularizer": "none"}],
+            "gamma_0.95": [{"regularizer": "none", "gamma": 0.95}],
+            "tau_0.01": [{"regularizer": "none", "tau": 0.01}],
+            "lr_0.001": [{"regularizer": "none", "learning_rate": 1e-3, "learning_rate_end": 1e-3}],
+            "lr_constant": [{"regularizer": "none", "learning_rate_end": 3e-3}],
+            "own_networks": [{"regularizer": "none", "share_parameters": False}],
+            "fewer_updates": [{"regularizer": "none", "steps_per_update": 100, "batch_size": 512}],
+            "wider": [{"regularizer": "none", "hidden_size": 128}],
+        },
+        flags={"total_timesteps": 500_000, "eval_episodes": 200},
+        seeds=(21, 25),
+        shown=("gaussian", "mad", "worst_case"),
         claims=(),
     ),
     "bimatrix_3": GAMES(
@@ -524,7 +554,8 @@ class Args:
     study: tuple[Literal[tuple(STUDIES)], ...] = ()
     """studies by name"""
     extra: tuple[Literal["ladder", "in-sumo"], ...] = ()
-    """beyond the papers: what simple controllers of traffic lights get; the trained lights driven in SUMO"""
+    """beyond the papers: what simple controllers of traffic lights get; the trained lights of qcombo and coma, or of
+    those of them in --study, driven in SUMO"""
     all: bool = False
     """all studies: those of figures and tables, and the others"""
     redraw: bool = False
@@ -1080,32 +1111,35 @@ def publish(name: str, rows: Rows, args: Args) -> None:
 # Beyond the papers: traffic lights
 
 
-def in_sumo(args: Args, methods=("none", "stackelberg")) -> None:
-    """Drive the trained lights of `qcombo`, and the fixed cycles, in SUMO and in the batched simulator wherever the
+def in_sumo(args: Args) -> None:
+    """Drive the trained lights of some studies, and the fixed cycles, in SUMO and in the batched simulator wherever the
     cars change, and plot both rewards."""
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    seeds = args.seeds or STUDIES["qcombo"].seeds
     cars = {name: robustness.LIGHTS[name] for name in ("speed", "flow")}
-    rewards = {}  # (method, perturbation, level, seed) -> in each simulator
-    for method in methods:
-        pattern = f"*__qcombo_{method}-*__{seeds[0]}__*/policy.pt"
+    studies = [name for name in args.study if name in ("qcombo", "coma")] or ["qcombo", "coma"]
+    path = args.results_dir / "traffic_in_sumo.csv"
+    rows = runs.read_rows(path) if path.exists() else []
+    rows = [row for row in rows if row["study"] not in studies]
+    for study, method in itertools.product(studies, ("none", "stackelberg")):
+        seeds = args.seeds or STUDIES[study].seeds
+        pattern = f"*__{study}_{method}-*__{seeds[0]}__*/policy.pt"
         trained = max(args.runs_dir.glob(pattern), key=os.path.getmtime, default=None)
         if trained is None:
-            sys.exit(f"reproduce.py: error: no {pattern} in {args.runs_dir}: --study qcombo trains it")
-        options, checkpoint = runs.saved(ernie_qcombo.Args, trained)
-        nets, _ = ernie_qcombo.make_nets(ernie_qcombo.make_env(options, 1, device), options)
-        runs.restore({"nets": {name: net.flat for name, net in nets.items()}}, checkpoint)
+            sys.exit(f"reproduce.py: error: no {pattern} in {args.runs_dir}: --study {study} trains it")
+        run = attack.load_run(trained.parent)
+        script, options, _ = run
+        _, nets = attack.rebuild(run, device, seconds=1, warmup=0)
+        rewards = {}  # (method, perturbation, level, seed) -> in each simulator
         for backend in ("torch", "sumo"):
             chosen = replace(options, evaluate=str(trained), backend=backend, eval_seconds=1000)
-            lights = ernie_qcombo.make_lights(nets, chosen, device, 1, np.inf)
-            rows = robustness.try_lights(lights, cars, robustness.NETWORKS, {"policy": method})
-            for row in rows:
+            lights = script.make_lights(nets, chosen, device, 1, np.inf)
+            for row in robustness.try_lights(lights, cars, robustness.NETWORKS, {"policy": method}):
                 point = row["policy"], row["perturbation"], str(row["strength"]), row["seed"]
                 rewards.setdefault(point, {})[backend] = row["reward"]
-    names = "method", "perturbation", "level", "seed"
-    rows = [dict(zip(names, point)) | both for point, both in rewards.items()]
-    runs.write_rows(args.results_dir / "traffic_in_sumo.csv", rows)
+        names = "method", "perturbation", "level", "seed"
+        rows += [{"study": study} | dict(zip(names, point)) | both for point, both in rewards.items()]
+    runs.write_rows(path, rows)
     draw_in_sumo(rows).savefig(args.results_dir / "traffic_in_sumo.png", dpi=110)
 
 
@@ -1113,10 +1147,13 @@ def draw_in_sumo(rows: Rows) -> Figure:
     """Minus the reward in SUMO against that in the batched simulator, a point per method, change and seed."""
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     axis = figure.add_subplot()
-    for name in dict.fromkeys(row["method"] for row in rows):
-        costs = -np.array([[row["torch"], row["sumo"]] for row in rows if row["method"] == name])
-        axis.scatter(*costs.T, s=10, alpha=0.6, label=name)
-    every = -np.array([[row["torch"], row["sumo"]] for row in rows])
+    costs = {}
+    for row in rows:
+        name = row["method"] if row["method"] in robustness.SIGNALS else f"{row['study']}, {row['method']}"
+        costs.setdefault(name, []).append((-float(row["torch"]), -float(row["sumo"])))
+    for name, points in costs.items():
+        axis.scatter(*zip(*points), s=10, alpha=0.6, label=name)
+    every = np.concatenate(list(costs.values()))
     low, high = every.min() * 0.8, every.max() * 1.25
     correlation = np.corrcoef(np.log(every).T)[0, 1]
     axis.plot([low, high], [low, high], color="gray", linewidth=0.8)

@@ -344,7 +344,7 @@ def test_play_is_the_evaluation_of_robustness(name, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize("name", RUNS)
 def test_runs_of_all_scripts(name, tmp_path, monkeypatch, capsys):
     folder, flags = trained(name, tmp_path, monkeypatch), ["--samples=50"]
-    flags += [] if name in ("coma_lights", "qcombo") else ["--episodes=300"]
+    flags += ["--seconds=3", "--warmup=2"] if name in ("coma_lights", "qcombo") else ["--episodes=300"]
     monkeypatch.setattr(sys, "argv", ["certify.py", str(folder), "--radii", "0.1", "0.01", *flags])
     capsys.readouterr()
     certify.main()

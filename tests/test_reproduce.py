@@ -173,7 +173,8 @@ def test_pictures_of_a_mean_and_of_agents(agents):
 
 def test_every_figure_and_table_has_its_studies():
     every = [name for group in (*reproduce.FIGURES.values(), *reproduce.TABLES.values()) for name in group]
-    assert {*every, "coma_sensitivity"} == set(reproduce.STUDIES)  # which is beyond the papers
+    beyond = {"coma_sensitivity", "coma_settings", "spread_settings"}  # the papers
+    assert {*every, *beyond} == set(reproduce.STUDIES)
     for name, study in reproduce.STUDIES.items():
         assert study.label or {m for pair in study.claims for m in pair} <= set(study.methods), name
         assert not study.reuse or study.reuse[0] in study.methods
@@ -292,6 +293,9 @@ def test_lights_where_the_cars_change_are_named_and_drawn():
     one += robustness.drive_rows(alone, [("network", "irregular")], {}, networks["irregular"])
     assert [row["reward"] for row in rows if row["policy"] == first] == [row["reward"] for row in one]
     assert {row["policy"] for row in rows} == {"none", first, second}
-    points = [{"method": row["policy"], "torch": row["reward"], "sumo": 1.1 * row["reward"]} for row in rows]
+    points = []
+    for row in rows:
+        both = {"torch": row["reward"], "sumo": 1.1 * row["reward"]}
+        points.append({"study": "coma", "method": row["policy"]} | both)
     (axis,) = reproduce.draw_in_sumo(points).axes
     assert [len(dots.get_offsets()) for dots in axis.collections] == [18, 9, 9]
