@@ -113,6 +113,8 @@ class COMA:
     anneal_lr: bool = True  # let both step sizes fall linearly to 0
     gamma: Share = 0.995  # discount factor of a step (paper's code: 0.95)
     td_lambda: Share = 0.8  # lambda of the critic's TD(lambda) targets
+    advantage: Literal["q", "targets"] = "q"
+    """what the action taken was worth: Q(s, a), as in COMA's paper, or its TD(lambda) target"""
     tau: Share = 0.1  # share by which the target critic moves at each of its updates
     hidden_size: PositiveInt = 128  # width of the two hidden layers (paper: 256; its code: 64 in the policies)
     activation: Literal["relu", "silu", "tanh"] = "relu"  # hidden activation
@@ -470,7 +472,8 @@ def critic_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tensor,
 
 def actor_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tensor, Batch]:
     """ALGO LOGIC: Eq. (16) of appendix E.3, -E[sum_n log pi_n A_n], minus the entropy bonus, plus lambda R (Eq. 5) of
-    cooperating agents. A_n(s, a) = Q(s, a) - sum_a' pi_n(a' | o_n) Q(s, (a_-n, a')). Returns loss, metrics [S]."""
+    cooperating agents. A_n(s, a) = Q(s, a) - sum_a' pi_n(a' | o_n) Q(s, (a_-n, a')), or with the target
+    in place of Q(s, a). Returns loss, metrics [S]."""
     obs, actions = batch["obs"], batch["actions"]
     live = batch.get("live")
     mean = partial(envs.live_mean, live=live)
@@ -479,6 +482,8 @@ def actor_loss(nets: Nets, batch: Batch, env: Env, args: Args) -> tuple[Tensor, 
     with torch.no_grad():
         q = counterfactual_values(nets["critic"], obs, actions)
         advantages = ((actions - logprobs.exp()) * q).sum(-1)  # [S, N, M]
+        if args.advantage == "targets":
+            advantages = advantages + batch["targets"] - (actions * q).sum(-1)
         spread = envs.std_mean(advantages, (1, 2), live)[0].flatten() + 1e-8  # [S]
         if args.normalize_advantage:
             advantages = advantages / spread[:, None, None]

@@ -110,13 +110,14 @@ def regularizers(modes: Sequence[str], points: Sequence[Flags]) -> dict[str, lis
 
 
 ERNIE = ("gaussian", "adversarial", "stackelberg")
+CLAIMS = (("stackelberg", "none"), ("stackelberg", "adversarial"), ("stackelberg", "gaussian"), ("m3ddpg", "none"))
 PARTICLE = partial(
     Study,
     script="ernie_maddpg.py",
     text="ERNIE is better than or level with MADDPG under observation noise; unrolling the attack is better than or "
     "level with not unrolling it (Figure 9); M3DDPG gives some robustness",
     quick={"total_timesteps": 8_000, "eval_episodes": 10},
-    claims=(("stackelberg", "none"), ("stackelberg", "adversarial"), ("stackelberg", "gaussian"), ("m3ddpg", "none")),
+    claims=CLAIMS,
 )
 MODES = ("gaussian", "random", "adversarial", "stackelberg")
 SPREAD_METHODS = regularizers(
@@ -135,20 +136,14 @@ SPREAD_METHODS["m3ddpg"] = [
     {"regularizer": "none", "minimax_epsilon": alpha} for alpha in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 ]
 SPREAD_METHODS["rma3c"] = [{"epsilon": epsilon} for epsilon in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)]
-RIVALS_METHODS = regularizers(
-    MODES,
-    (
-        {"epsilon": 0.1, "reg_coef": 0.1},
-        {"epsilon": 0.3, "reg_coef": 0.02},
-        {"epsilon": 0.3, "reg_coef": 0.1},
-    ),
-)
-RIVALS_METHODS["m3ddpg"] = [{"regularizer": "none", "minimax_epsilon": alpha} for alpha in (0.01, 0.03, 0.1)]
+RIVALS_METHODS = {method: points for method, points in SPREAD_METHODS.items() if method != "default"}
 RIVALS_FLAGS = {"total_timesteps": 200_000, "eval_episodes": 10}  # what counts is the report of the cross-play
 RIVALS = partial(
     PARTICLE,
     methods=RIVALS_METHODS,
     select={"total_timesteps": 100_000},
+    scripts={"rma3c": "baselines/rma3c.py"},
+    claims=(*CLAIMS, ("rma3c", "none")),
     seeds=(1, 10),
     select_seeds=(101, 103),
     shown=("gaussian", "mad", "worst_case"),
@@ -457,7 +452,7 @@ STUDIES = {
         methods={
             "none": [{"regularizer": "none"}],
             "own_reward": [{"regularizer": "none", "team_reward": "own"}],
-            "rollout_50": [{"regularizer": "none", "rollout_steps": 50, "td_lambda": 0.95}],
+            "targets": [{"regularizer": "none", "advantage": "targets"}],
         },
         seeds=(131, 135),
         claims=(),
@@ -617,8 +612,9 @@ OPPONENTS, EPISODES = 4, 50  # opponents that a team meets in `cross_play`, and 
 
 
 def cross_play(result: Path, rivals: Path) -> tuple[Path, int]:
-    """A folder with policies of a run of ernie_maddpg.py whose teams meet opponents that have trained elsewhere, the
-    same for every method: the team of seed k those of the next seeds of the run of `rivals`; and how many."""
+    """A folder with policies of a run of ernie_maddpg.py or rma3c.py whose teams meet opponents that have trained
+    elsewhere, the same for every method: the team of seed k those of the next seeds of the run of `rivals`; and how
+    many."""
     ours, theirs = (runs.load(path.with_name("policy.pt")) for path in (result, rivals))
     args = ours["args"]
     S = args["num_seeds"]
@@ -629,7 +625,8 @@ def cross_play(result: Path, rivals: Path) -> tuple[Path, int]:
     nets = {}
     for name, flat in ours["nets"].items():
         own = flat.unflatten(0, (S, -1)).repeat_interleave(count, 0)
-        opponents = theirs["nets"][name].unflatten(0, (S, -1))[other]
+        rival = theirs["nets"].get(name, flat)  # the rivals have no adversaries of RMA3C
+        opponents = rival.unflatten(0, (S, -1))[other]
         nets[name] = torch.where(is_team, own, opponents).flatten(0, 1)
     digest = hashlib.sha256(f"{rivals} {count} {EPISODES}".encode()).hexdigest()[:8]
     folder = result.with_name(f"cross_play-{digest}")
@@ -715,22 +712,23 @@ class Cluster:
             print(f"FAILED {self.failures[-1]}", file=sys.stderr, flush=True)
             return None
 
-    def meet(self, study: Study, paths: list[Path | None], rivals: Path | None) -> list[Path | None]:
-        """Results of runs against the opponents of another one, where the study asks for that."""
+    def meet(self, study: Study, found: list[tuple[str, Path | None]], rivals: Path | None) -> list[Path | None]:
+        """Results of runs, each with its method, against the opponents of another one where the study asks for that."""
         if not study.fixed_opponents:
-            return paths
+            return [path for _, path in found]
         started = {}
-        for path in paths:
+        for method, path in found:
             if path and rivals:
                 folder, count = cross_play(path, rivals)
-                command = [str(ROOT / study.script), f"--evaluate={folder}", f"--eval-episodes={EPISODES}"]
+                script = study.scripts.get(method, study.script)
+                command = [str(ROOT / script), f"--evaluate={folder}", f"--eval-episodes={EPISODES}"]
                 task = self.task.remote(command, folder.parent, folder.name, study.result.file)
                 started[path] = (f"{path.parent.name}, cross-play", task), count
         means = {}
         for path, (run, count) in started.items():
             if result := self.get(run):
                 means[path] = averaged(result, count)
-        return [means.get(path) for path in paths]
+        return [means.get(path) for _, path in found]
 
 
 def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
@@ -766,7 +764,7 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
             paths = [cluster.get(run) for run in pending[method]]
             if method == plain:
                 rivals = paths[0]
-            paths = cluster.meet(study, paths, rivals)
+            paths = cluster.meet(study, [(method, path) for path in paths], rivals)
             scores = [score(study, method, path) if path else np.nan for path in paths]
             if len(grids[method]) > 1:
                 if not np.isfinite(scores).any():
@@ -781,7 +779,7 @@ def train(name: str, cluster: Cluster) -> dict[str, tuple[Flags, Path]]:
         flags = chosen[method]
         started[method] = flags, cluster.start(f"{name}_{method}", study, method, flags, seeds, reused)
     paths = {method: cluster.get(task) for method, (_, task) in started.items()}
-    met = cluster.meet(study, list(paths.values()), paths.get(plain))
+    met = cluster.meet(study, list(paths.items()), paths.get(plain))
     for (method, (flags, _)), path in zip(started.items(), met):
         if path:
             found[method] = flags, path

@@ -695,7 +695,7 @@ class Traffic(Description):
         if flow.shape not in ((K,), (self.num_envs, K)):
             raise ValueError(f"flow must have {K} entries (or rows of them), got {list(flow.shape)}")
         self._require("flow", "0 or more", bool(((flow >= 0) & flow.isfinite()).all()))
-        return flow.reshape(-1, K).T
+        return flow.reshape(-1, K).T.contiguous()
 
     def _check(self):
         for name in ("num_envs", "rows", "cols", "horizon"):
@@ -772,14 +772,15 @@ def compiled_step(env: Traffic) -> Callable:
         return env.step
     torch._dynamo.config.recompile_limit = 32  # on a GPU for each network and number of environments
     torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal here differ in other networks
-    speed = torch.as_tensor(env.speed, dtype=env.dtype, device=env.device).expand(env.num_envs).contiguous()
+    speed = torch.as_tensor(env.speed, dtype=env.dtype, device=env.device).expand(env.num_envs).clone()
     flow = env.inflow.T.expand(env.num_envs, -1).contiguous()
-    env = dataclasses.replace(env, speed=speed, flow=flow)  # of each environment, as some have them: compiled once
-    options = {"comprehensive_padding": False}
+    # of each environment, as some have them, and no views, which are guarded otherwise: compiled once
+    env = dataclasses.replace(env, speed=speed, flow=flow)
+    options = {"comprehensive_padding": False, "joint_graph_constant_folding": False}  # the latter compares sizes
     is_cpu = env.device.type == "cpu"
     compiled = torch.compile(env.step, fullgraph=True, dynamic=is_cpu, options=options)
     step = torch.no_grad()(compiled)  # training resets with gradients on and plays with them off: compiled once
-    return lambda state, action, noise=None: step(state, action.contiguous(), noise)  # of one layout, compiled once
+    return lambda state, action, noise=None: step(state, action.clone(memory_format=torch.contiguous_format), noise)
 
 
 @torch.no_grad()

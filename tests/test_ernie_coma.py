@@ -215,7 +215,8 @@ def actor_loss_by_hand(nets, batch, env, args, s):
         probs = (1 - exploration) * torch.softmax(logits, 0) + exploration / valid
         q = critic_heads(nets["critic"], s, state_of(batch, s, m), batch["actions"][s, :, m], n)[:valid].tolist()
         taken = batch["actions"][s, n, m].argmax().item()
-        advantages.append(q[taken] - sum(p * value for p, value in zip(probs.tolist(), q)))
+        worth = batch["targets"][s, n, m].item() if args.advantage == "targets" else q[taken]
+        advantages.append(worth - sum(p * value for p, value in zip(probs.tolist(), q)))
         terms.append(probs[taken].log())
         entropy = entropy - (probs * probs.log()).sum() / M
     spread = torch.tensor(advantages).std(correction=0).item() + 1e-8 if args.normalize_advantage else 1.0
@@ -225,9 +226,10 @@ def actor_loss_by_hand(nets, batch, env, args, s):
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("exploration", [0.0, 0.2])
-def test_actor_loss_and_its_gradient_by_hand(normalize, exploration):
+@pytest.mark.parametrize("advantage", ["q", "targets"])
+def test_actor_loss_and_its_gradient_by_hand(normalize, exploration, advantage):
     """The policies move through log pi and the entropy alone: by hand the advantages are numbers."""
-    args, env, nets, batch = prepared(normalize_advantage=normalize, regularizer="none")
+    args, env, nets, batch = prepared(normalize_advantage=normalize, regularizer="none", advantage=advantage)
     batch["exploration"] = torch.tensor(exploration, device=DEVICE)
     loss, metrics = script.actor_loss(nets, batch, env, args)
     expected = sum(actor_loss_by_hand(nets, batch, env, args, s) for s in range(2))

@@ -70,17 +70,17 @@ def arguments(tmp_path, **options) -> reproduce.Args:
     return reproduce.Args(runs_dir=tmp_path / "runs", results_dir=tmp_path / "results", **options)
 
 
-def saved_run(folder, sign):
+def saved_run(folder, sign, *more_nets):
     """The path of a result beside policies of six seeds with three hunters and a prey, whose weights are numbered."""
     flat = sign * torch.arange(24.0)[:, None].expand(24, 16)  # [S * N, K]
     folder.mkdir()
     args = {"env_id": "simple_tag_v3", "seed": 5, "num_seeds": 6}
-    runs.save(folder / "policy.pt", {"args": args, "nets": {"actor": flat}})
+    runs.save(folder / "policy.pt", {"args": args, "nets": dict.fromkeys(("actor", *more_nets), flat)})
     return folder / "robustness.csv"
 
 
 def test_cross_play_swaps_opponents_alone(tmp_path):
-    result, rivals = saved_run(tmp_path / "a", 1), saved_run(tmp_path / "b", -1)
+    result, rivals = saved_run(tmp_path / "a", 1, "adversary"), saved_run(tmp_path / "b", -1)
     folder, count = reproduce.cross_play(result, rivals)
     assert folder.parent == tmp_path / "a" and count == reproduce.OPPONENTS == 4
     saved = runs.load(folder / "policy.pt")
@@ -89,6 +89,8 @@ def test_cross_play_swaps_opponents_alone(tmp_path):
     for k, (team, others) in enumerate(zip(numbers[:, :, :3], numbers[:, :, 3])):
         assert team.tolist() == [[4 * k, 4 * k + 1, 4 * k + 2]] * 4
         assert others.tolist() == [-(4 * ((k + shift) % 6) + 3) for shift in (1, 2, 3, 4)]
+    adversaries = saved["nets"]["adversary"].view(6, 4, 4, 16)[..., 0]
+    assert torch.equal(adversaries[:, :, :3], numbers[:, :, :3])  # a team's own, which the rivals have not
     assert reproduce.cross_play(result, tmp_path / "a" / "robustness.csv")[0] != folder
 
 
