@@ -625,7 +625,7 @@ def cross_play(result: Path, rivals: Path) -> tuple[Path, int]:
     nets = {}
     for name, flat in ours["nets"].items():
         own = flat.unflatten(0, (S, -1)).repeat_interleave(count, 0)
-        rival = theirs["nets"].get(name, flat)  # the rivals have no adversaries of RMA3C
+        rival = flat if name.startswith("adversary") else theirs["nets"][name]  # RMA3C's, which the rivals have not
         opponents = rival.unflatten(0, (S, -1))[other]
         nets[name] = torch.where(is_team, own, opponents).flatten(0, 1)
     digest = hashlib.sha256(f"{rivals} {count} {EPISODES}".encode()).hexdigest()[:8]
@@ -1118,7 +1118,7 @@ def in_sumo(args: Args) -> None:
     studies = [name for name in args.study if name in ("qcombo", "coma")] or ["qcombo", "coma"]
     path = args.results_dir / "traffic_in_sumo.csv"
     rows = runs.read_rows(path) if path.exists() else []
-    rows = [row for row in rows if row["study"] not in studies]
+    rows = [row for row in rows if row.get("study") not in studies]
     for study, method in itertools.product(studies, ("none", "stackelberg")):
         seeds = args.seeds or STUDIES[study].seeds
         pattern = f"*__{study}_{method}-*__{seeds[0]}__*/policy.pt"

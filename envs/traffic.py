@@ -773,7 +773,7 @@ def compiled_step(env: Traffic) -> Callable:
     torch._dynamo.config.recompile_limit = 32  # on a GPU for each network and number of environments
     torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal here differ in other networks
     speed = torch.as_tensor(env.speed, dtype=env.dtype, device=env.device).expand(env.num_envs).clone()
-    flow = env.inflow.T.expand(env.num_envs, -1).contiguous()
+    flow = env.inflow.T.expand(env.num_envs, -1).clone(memory_format=torch.contiguous_format)
     # of each environment, as some have them, and no views, which are guarded otherwise: compiled once
     env = dataclasses.replace(env, speed=speed, flow=flow)
     options = {"comprehensive_padding": False, "joint_graph_constant_folding": False}  # the latter compares sizes

@@ -175,8 +175,8 @@ def test_pictures_of_a_mean_and_of_agents(agents):
 
 def test_every_figure_and_table_has_its_studies():
     every = [name for group in (*reproduce.FIGURES.values(), *reproduce.TABLES.values()) for name in group]
-    beyond = {"coma_sensitivity", "coma_settings", "spread_settings"}  # the papers
-    assert {*every, *beyond} == set(reproduce.STUDIES)
+    own = {"coma_sensitivity", "coma_settings", "spread_settings"}  # beyond the papers
+    assert {*every, *own} == set(reproduce.STUDIES)
     for name, study in reproduce.STUDIES.items():
         assert study.label or {m for pair in study.claims for m in pair} <= set(study.methods), name
         assert not study.reuse or study.reuse[0] in study.methods
